@@ -1,0 +1,46 @@
+"""`c2al JOB ...`: one subcommand a job. A job's module is imported only when it is asked for."""
+
+import argparse
+import importlib
+import sys
+
+from c2al.errors import C2ALError
+
+JOBS = {
+    "train": "train a model on Parquet impressions",
+    "score": "predict with a checkpoint and write Parquet",
+    "discover": "find the head and tail cohorts in scored impressions",
+    "evaluate": "NE, NE_diff, calibration and AUC with intervals",
+    "export": "write and prove the serving artifact",
+    "experiment": "baseline against C2AL over paired seeds, with a report",
+    "demo": "an experiment on synthetic impressions",
+    "synth": "write synthetic impressions with planted cohorts",
+    "ingest": "turn a published data set into Parquet splits",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="c2al", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
+    job_name = words[0] if words else ""
+    for name, description in JOBS.items():
+        job = jobs.add_parser(name, help=description, description=description, allow_abbrev=False)
+        if name == job_name:
+            module = importlib.import_module(f"c2al.jobs.{name}")
+            module.add_arguments(job)
+    known, overrides = parser.parse_known_args(words)
+    try:
+        module.run(known, overrides)
+    except C2ALError as error:
+        print(f"c2al {known.job}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"c2al {known.job}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

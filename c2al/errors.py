@@ -1,0 +1,55 @@
+"""The error tree. Every message names the file, the field or row group, and the value.
+
+``exit_code`` is what the command line returns: 2 for anything the user can mend by
+changing input or configuration, 1 for a run that failed after it began.
+"""
+
+
+class C2ALError(Exception):
+    """Base of every error c2al raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(C2ALError):
+    """A configuration that cannot run. Carries every problem found, one a line."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | list[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(C2ALError):
+    """Input data that is missing, unreadable or outside its contract."""
+
+    exit_code = 2
+
+
+class CohortError(C2ALError):
+    """A cohort or axis that is unknown, empty or cannot be chosen."""
+
+    exit_code = 2
+
+
+class CheckpointError(C2ALError):
+    """A checkpoint that is missing, corrupt or belongs to another model."""
+
+    exit_code = 2
+
+
+class PlanError(C2ALError):
+    """A sharding plan that does not fit the topology or the model."""
+
+    exit_code = 2
+
+
+class BackendError(C2ALError):
+    """A kernel backend or device that was asked for and cannot run here."""
+
+    exit_code = 2
+
+
+class TrainingError(C2ALError):
+    """Training that had to stop: a non-finite loss, a lost rank, a failed write."""

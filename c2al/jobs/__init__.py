@@ -1,0 +1,1 @@
+"""One file a job; each is a subcommand of `c2al`."""
