@@ -64,7 +64,9 @@ def test_every_task_and_cohort_against_the_formula():
             assert value.calibration == pytest.approx(calibration, rel=1e-12)
             assert value.auc is not None
             assert value.auc_error is not None
-            assert abs(value.auc - auc) <= value.auc_error < 0.01
+            # one tied pair can reach the bound, which then holds up to rounding
+            assert abs(value.auc - auc) <= value.auc_error + 1e-12
+            assert value.auc_error < 0.01
 
 
 def test_two_ranks_merge_to_one():
