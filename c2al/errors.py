@@ -45,6 +45,10 @@ class PlanError(C2ALError):
     exit_code = 2
 
 
+class OperandError(C2ALError, ValueError):
+    """Tensors whose shape, dtype or device an op does not take, or an option it does not know."""
+
+
 class BackendError(C2ALError):
     """A kernel backend or device that was asked for and cannot run here."""
 

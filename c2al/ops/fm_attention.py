@@ -1,0 +1,178 @@
+"""FM attention, the heart of every DHEN layer: G = X X^T Y (C2AL, Eq. 3).
+
+Legend: B batch, M fields, D embedding dim, K columns of Y. Each layout is the same product over a
+p x q matrix A per sample: G = A (A^T Y), with A a view of x.
+
+    layout      A        p    q    Y        mixes
+    "paper"     x^T      D    M    D x K    embedding dimensions
+    "wukong"    x        M    D    M x K    fields
+"""
+
+import logging
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from c2al.errors import BackendError, OperandError
+from c2al.ops import _eager
+
+Layout = Literal["paper", "wukong"]
+Backend = Literal["auto", "triton", "eager"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_log = logging.getLogger(__name__)
+
+
+def fm_attention(
+    x_BMD: Tensor,
+    y: Tensor,
+    *,
+    layout: Layout,
+    norm_eps: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """G = A (A^T Y) of every sample (C2AL, Eq. 3), optionally normalised; differentiable once in x and y.
+
+    Args:
+        x_BMD: fields of the batch, float64, float32, bfloat16 or float16. B may be 0.
+        y: (B, p, K) per sample or (p, K) shared by the batch; p = D for "paper", M for "wukong".
+            Same dtype and device as x. Under autocast both are cast to the autocast dtype.
+        layout: "paper" or "wukong", see the head of this file.
+        norm_eps: None returns G. A number returns LayerNorm of each row of G over K, without scale
+            and shift: (G - mean) / sqrt(var + norm_eps), var the biased variance. With K = 1 that is 0.
+        backend: "eager" runs two batched matrix products; "triton" the fused CUDA kernels, whose
+            float32 products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes Triton where
+            a usable GPU and the shape allow it, else eager, and logs the choice once.
+
+    Returns:
+        (B, p, K), contiguous, in x's dtype (autocast's, under autocast).
+
+    Cost: 4 B p q K FLOPs forward and 8 B p q K backward (10 where T = A^T Y is recomputed, Triton),
+    never 2 p^2 (q + K): the Gram matrix A A^T is not formed.
+
+    Raises:
+        OperandError: ranks, sizes, dtypes or devices that do not fit, unknown layout or backend.
+        BackendError: backend="triton" where no usable GPU is, or for a shape its kernels do not cover.
+    """
+    device = x_BMD.device.type
+    if torch.is_autocast_enabled(device):
+        x_BMD, y = (t.to(torch.get_autocast_dtype(device)) if t.dtype != torch.float64 else t for t in (x_BMD, y))
+    _check(x_BMD, y, layout, norm_eps)
+    triton = _use_triton(x_BMD, y, layout, backend)
+    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps, triton)[0]
+    return out_BPK
+
+
+def _check(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> None:
+    if layout not in ("paper", "wukong"):
+        raise OperandError(f"fm_attention: layout {layout!r} is none of 'paper', 'wukong'")
+    shapes = f"x is {tuple(x_BMD.shape)}, y is {tuple(y.shape)}, layout {layout!r}"
+    if x_BMD.dim() != 3 or y.dim() not in (2, 3):
+        raise OperandError(f"fm_attention: x must be (B, M, D) and y (B, p, K) or (p, K); {shapes}")
+    p = x_BMD.shape[2 if layout == "paper" else 1]
+    if y.shape[-2] != p or (y.dim() == 3 and y.shape[0] != x_BMD.shape[0]):
+        raise OperandError(f"fm_attention: y must be ({x_BMD.shape[0]}, {p}, K) or ({p}, K); {shapes}")
+    if 0 in (x_BMD.shape[1], x_BMD.shape[2], y.shape[-1]):
+        raise OperandError(f"fm_attention: only the batch may be empty; {shapes}")
+    if x_BMD.dtype != y.dtype or x_BMD.dtype not in _DTYPES:
+        raise OperandError(f"fm_attention: x and y must share a floating dtype; x is {x_BMD.dtype}, y is {y.dtype}")
+    if x_BMD.device != y.device:
+        raise OperandError(f"fm_attention: x is on {x_BMD.device}, y on {y.device}")
+    if norm_eps is not None and not norm_eps > 0:
+        raise OperandError(f"fm_attention: norm_eps must be positive, is {norm_eps}")
+
+
+def _use_triton(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> bool:
+    if backend not in ("auto", "triton", "eager"):
+        raise OperandError(f"fm_attention: backend {backend!r} is none of 'auto', 'triton', 'eager'")
+    if backend == "triton":
+        raise BackendError("fm_attention: backend='triton' is not built yet")
+    return False
+
+
+@torch.library.custom_op("c2al::fm_attention", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward_op(
+    x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, T, rstd): T = A^T Y, saved by eager only; rstd of the rows, with norm_eps only; else size 0."""
+    return _eager.forward(_matrix(x_BMD, layout), y, norm_eps)
+
+
+@_forward_op.register_fake
+def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+    a_BPQ, k = _matrix(x_BMD, layout), y.shape[-1]
+    batch, p, q = a_BPQ.shape
+    t_BQK = x_BMD.new_empty(0 if triton else (batch, q, k))
+    stats = torch.promote_types(x_BMD.dtype, torch.float32)
+    rstd_BP = x_BMD.new_empty(0 if norm_eps is None else (batch, p), dtype=stats)
+    return x_BMD.new_empty(batch, p, k), t_BQK, rstd_BP
+
+
+@torch.library.custom_op("c2al::fm_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward_op(
+    grad_BPK: Tensor,
+    x_BMD: Tensor,
+    y: Tensor,
+    t_BQK: Tensor,
+    out_BPK: Tensor | None,
+    rstd_BP: Tensor,
+    layout: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
+    if out_BPK is not None:
+        grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
+    dx_BMD = torch.empty_like(x_BMD, memory_format=torch.contiguous_format)
+    dy = _eager.backward(grad_BPK, _matrix(x_BMD, layout), y, t_BQK, da_BPQ=_matrix(dx_BMD, layout))
+    return dx_BMD, dy
+
+
+@_backward_op.register_fake
+def _(
+    grad_BPK: Tensor,
+    x_BMD: Tensor,
+    y: Tensor,
+    t_BQK: Tensor,
+    out_BPK: Tensor | None,
+    rstd_BP: Tensor,
+    layout: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    return x_BMD.new_empty(x_BMD.shape), y.new_empty(y.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x_BMD, y, ctx.layout, norm_eps, ctx.triton = inputs
+    out_BPK, t_BQK, rstd_BP = output
+    ctx.mark_non_differentiable(t_BQK, rstd_BP)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_BMD, y, t_BQK, None if norm_eps is None else out_BPK, rstd_BP)
+
+
+def _backward(ctx, grad_BPK, grad_t, grad_rstd):  # type: ignore[no-untyped-def]
+    if grad_BPK is None:
+        return None, None, None, None, None
+    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.triton)
+    return dx_BMD, dy, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.c2al.fm_attention)
+def _forward_flops(x_shape, y_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 4 * math.prod(x_shape) * y_shape[-1]
+
+
+@register_flop_formula(torch.ops.c2al.fm_attention_backward)
+def _backward_flops(grad_shape, x_shape, y_shape, t_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    recomputed = len(t_shape) == 1
+    return (10 if recomputed else 8) * math.prod(x_shape) * y_shape[-1]
+
+
+def _matrix(x_BMD: Tensor, layout: str) -> Tensor:
+    """A of every sample, (B, p, q), a view."""
+    return x_BMD.transpose(1, 2) if layout == "paper" else x_BMD
