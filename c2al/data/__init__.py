@@ -1,0 +1,1 @@
+"""Parquet impressions -> batches: streaming, seekable, the same for every world size."""

@@ -1,0 +1,94 @@
+"""The unit of training: B rows of one rank as tensors. B counts padding, which is always last."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from c2al.data.encode import Floats, Rows
+
+
+@dataclasses.dataclass
+class Batch(Pipelineable):  # type: ignore[misc]  # torchrec is untyped
+    """One rank's share of a global batch."""
+
+    dense_BF: torch.Tensor
+    """float32, transformed dense features in config order."""
+    sparse: KeyedJaggedTensor
+    """int64 embedding rows, keys in config order, int32 lengths."""
+    label_B: torch.Tensor
+    """float32, 0 or 1."""
+    weight_B: torch.Tensor
+    """float32; positive, or 0 for a padding row."""
+    member_B2: torch.Tensor
+    """float32, 1 where the row is in the (head, tail) cohort."""
+    rows: int
+    """Real rows of the whole global batch, over all ranks."""
+    carried: pa.Table | None
+    """Columns carried along, of this rank's real rows only; stays on the host."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        return dataclasses.replace(
+            self,
+            dense_BF=self.dense_BF.to(device, non_blocking=non_blocking),
+            sparse=self.sparse.to(device, non_blocking=non_blocking),
+            label_B=self.label_B.to(device, non_blocking=non_blocking),
+            weight_B=self.weight_B.to(device, non_blocking=non_blocking),
+            member_B2=self.member_B2.to(device, non_blocking=non_blocking),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for part in (self.dense_BF, self.sparse, self.label_B, self.weight_B, self.member_B2):
+            part.record_stream(stream)
+
+    def pin_memory(self) -> "Batch":
+        return dataclasses.replace(
+            self,
+            dense_BF=self.dense_BF.pin_memory(),
+            sparse=self.sparse.pin_memory(),
+            label_B=self.label_B.pin_memory(),
+            weight_B=self.weight_B.pin_memory(),
+            member_B2=self.member_B2.pin_memory(),
+        )
+
+
+def collate(parts: Sequence[Rows], keys: Sequence[str], size: int, rows: int) -> Batch:
+    """All rows of `parts` in order, padded to B = size with rows of weight 0 and empty bags.
+
+    `rows` is what Batch.rows says. The tensors own their memory.
+    """
+    real = sum(len(p) for p in parts)
+    lengths_KB = np.zeros((len(keys), size), dtype=np.int32)
+    values = [np.zeros(0, dtype=np.int64)]
+    for key in range(len(keys)):
+        at = 0
+        for part in parts:
+            jagged = part.sparse[key]
+            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
+            values.append(jagged.values_V)
+            at += len(part)
+    tables = [p.carried for p in parts if p.carried is not None]
+    return Batch(
+        dense_BF=_padded([p.dense_NF for p in parts], real, size),
+        sparse=KeyedJaggedTensor(
+            keys=list(keys),
+            values=torch.from_numpy(np.concatenate(values)),
+            lengths=torch.from_numpy(lengths_KB.reshape(-1)),
+            stride=size,
+        ),
+        label_B=_padded([p.label_N for p in parts], real, size),
+        weight_B=_padded([p.weight_N for p in parts], real, size),
+        member_B2=_padded([p.member_N2 for p in parts], real, size),
+        rows=rows,
+        carried=pa.concat_tables(tables) if tables else None,
+    )
+
+
+def _padded(parts: Sequence[Floats], real: int, size: int) -> torch.Tensor:
+    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
+    np.concatenate(parts, out=out[:real])
+    return torch.from_numpy(out)

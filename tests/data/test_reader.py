@@ -1,0 +1,231 @@
+"""BatchReader: which rows come when. Oracles work on the row ids and on plain Python."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from c2al.config import DataConfig, DenseFeature, SparseFeature
+from c2al.data.parquet import BatchReader
+from c2al.data.schema import Statistics
+from c2al.errors import ConfigError, DataError
+
+NO_STATISTICS = Statistics(moments={}, vocabularies={})
+DATA = DataConfig(
+    dense=(DenseFeature(column="x", transforms=()),),
+    sparse=(
+        SparseFeature(column="id", encoding="identity", num_embeddings=100_000),
+        SparseFeature(column="bag", encoding="identity", num_embeddings=10_000, max_length=3),
+    ),
+    shuffle_rows=64,
+)
+
+
+def write(folder, sizes, start=0, rows_a_group=None):
+    """One file per entry of `sizes`; row i of the data set has id i and features that follow from it."""
+    folder.mkdir(exist_ok=True)
+    for n, size in enumerate(sizes):
+        i = np.arange(start, start + size)
+        table = pa.table(
+            {
+                "row_id": i,
+                "id": i,
+                "x": (i * 0.5).astype(np.float32),
+                "label": (i % 3 == 0).astype(np.int8),
+                "bag": pa.array([[int(v)] * (v % 5) for v in i], pa.list_(pa.int64())),
+            }
+        )
+        pq.write_table(table, folder / f"part-{n:03d}.parquet", row_group_size=rows_a_group or max(size, 1))
+        start += size
+    return (str(folder),)
+
+
+def reader(paths, data=DATA, **changes):
+    options = dict(batch_size=16, rank=0, world_size=1, seed=5, shuffle=True, shards=8, carry=("row_id",))
+    return BatchReader(paths, data, NO_STATISTICS, **{**options, **changes})
+
+
+def ids(batch):
+    return batch.carried["row_id"].to_pylist()
+
+
+def everything(batch):
+    """A batch as plain values that compare with ==."""
+    tensors = (batch.dense_BF, batch.sparse.values(), batch.sparse.lengths(), batch.label_B, batch.weight_B)
+    return ids(batch), batch.rows, [t.tolist() for t in tensors]
+
+
+UNEVEN = [37, 1, 100, 0, 5, 64]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_epoch_has_every_row_once(tmp_path, world, shuffle):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+    seen = [i for r in range(world) for b in reader(paths, rank=r, world_size=world, shuffle=shuffle) for i in ids(b)]
+    assert sorted(seen) == list(range(sum(UNEVEN)))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_global_batches_do_not_depend_on_the_world_size(tmp_path, world):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+    alone = list(reader(paths))
+    ranks = [list(reader(paths, rank=r, world_size=world)) for r in range(world)]
+    assert {len(r) for r in ranks} == {len(alone)}
+    for step, batch in enumerate(alone):
+        together = [i for r in ranks for i in ids(r[step])]
+        assert together == ids(batch)
+        assert {r[step].rows for r in ranks} == {batch.rows} == {len(together)}
+        assert {len(r[step].label_B) for r in ranks} == {16 // world}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("step", [0, 1, 7, 12, 13])
+def test_start_step_seeks(tmp_path, step, workers):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+    whole = [everything(b) for b in reader(paths)]
+    assert len(whole) == 13
+    data = dataclasses.replace(DATA, workers=workers)
+    assert [everything(b) for b in reader(paths, data, start_step=step)] == whole[step:]
+
+
+def test_seek_does_not_decode_what_lies_before(tmp_path, monkeypatch):
+    """The row groups before the position are damaged; only a reader that opens them can tell."""
+    monkeypatch.setattr("c2al.data.parquet.UNSHUFFLED_ROWS", 160)
+    paths = write(tmp_path / "d", [4000], rows_a_group=100)
+    file = tmp_path / "d" / "part-000.parquet"
+    meta = pq.ParquetFile(file).metadata
+    begin = meta.row_group(0).column(0).dictionary_page_offset or meta.row_group(0).column(0).data_page_offset
+    end = meta.row_group(9).column(0).dictionary_page_offset
+    damaged = bytearray(file.read_bytes())
+    damaged[begin:end] = b"\xff" * (end - begin)
+    file.write_bytes(damaged)
+    options = dict(shuffle=False, shards=1)
+    assert [i for b in reader(paths, start_step=70, **options) for i in ids(b)] == list(range(1120, 4000))
+    with pytest.raises(DataError, match=r"part-000\.parquet, row group 0: cannot be decoded"):
+        list(reader(paths, **options))
+
+
+def test_rows_keep_their_values(tmp_path):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+    for batch in reader(paths):
+        i = np.array(ids(batch))
+        real = len(i)
+        np.testing.assert_array_equal(batch.dense_BF[:real, 0], (i * 0.5).astype(np.float32))
+        np.testing.assert_array_equal(batch.label_B[:real], i % 3 == 0)
+        np.testing.assert_array_equal(batch.sparse["id"].values(), i)
+        bags = batch.sparse["bag"]
+        assert [bags.values()[a:b].tolist() for a, b in zip(bags.offsets()[:-1], bags.offsets()[1:], strict=True)][
+            :real
+        ] == [[int(v)] * min(v % 5, 3) for v in i]
+
+
+def test_padding_is_last_and_empty(tmp_path):
+    paths = write(tmp_path / "d", [21])
+    last = list(reader(paths))[-1]
+    assert last.rows == 5
+    assert last.weight_B.tolist() == [1.0] * 5 + [0.0] * 11
+    assert last.sparse["id"].lengths().tolist() == [1] * 5 + [0] * 11
+    assert last.sparse["bag"].lengths()[5:].tolist() == [0] * 11
+    assert last.dense_BF[5:].abs().sum() == 0
+
+
+def test_fewer_rows_than_ranks(tmp_path):
+    paths = write(tmp_path / "d", [3])
+    ranks = [list(reader(paths, rank=r, world_size=8)) for r in range(8)]
+    assert [len(r) for r in ranks] == [1] * 8
+    assert sorted(i for r in ranks for i in ids(r[0])) == [0, 1, 2]
+    assert {r[0].rows for r in ranks} == {3}
+
+
+def test_order_follows_seed_and_epoch(tmp_path):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+
+    def order(**options):
+        return [i for b in reader(paths, **options) for i in ids(b)]
+
+    assert order() == order()
+    assert order() != order(seed=6)
+    assert order() != order(epoch=1)
+    assert order() != sorted(order())
+
+
+def test_unshuffled_ranks_read_the_file_order(tmp_path):
+    paths = write(tmp_path / "d", UNEVEN, rows_a_group=17)
+    for world in (1, 2, 4):
+        seen = [
+            i
+            for r in range(world)
+            for b in reader(paths, rank=r, world_size=world, shards=world, shuffle=False)
+            for i in ids(b)
+        ]
+        assert seen == list(range(sum(UNEVEN)))
+    unbuffered = dataclasses.replace(DATA, shuffle_rows=0)
+    assert [i for b in reader(paths, unbuffered, shards=1) for i in ids(b)] == list(range(sum(UNEVEN)))
+
+
+def test_shuffle_mixes_row_groups_within_a_batch(tmp_path):
+    """With eight shards a batch of 16 draws from eight places of the data set, not from one."""
+    paths = write(tmp_path / "d", [1600], rows_a_group=50)
+    groups = [len({i // 50 for i in ids(b)}) for b in reader(paths, dataclasses.replace(DATA, shuffle_rows=800))]
+    assert np.mean(groups) > 7
+
+
+def test_sizes_that_do_not_divide_are_refused(tmp_path):
+    paths = write(tmp_path / "d", [21])
+    with pytest.raises(ConfigError, match=r"data\.shards: 8 cannot be dealt to 3 ranks.*e\.g\. 9"):
+        reader(paths, world_size=3)
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 20 is not a multiple of 8 shards.*e\.g\. 24"):
+        reader(paths, batch_size=20)
+    with pytest.raises(DataError, match="step 3 is not within the epoch's 2 steps"):
+        reader(paths, start_step=3)
+
+
+def readers_alive():
+    return [t for t in threading.enumerate() if t.name.startswith("c2al-")]
+
+
+def test_leaving_early_stops_the_threads(tmp_path):
+    paths = write(tmp_path / "d", [2000], rows_a_group=100)
+    batches = iter(reader(paths))
+    next(batches)
+    assert readers_alive()
+    batches.close()
+    assert not readers_alive()
+
+
+def test_an_error_in_the_background_reaches_the_consumer_and_ends_the_threads(tmp_path):
+    paths = write(tmp_path / "d", [400], rows_a_group=100)
+    bad = pq.read_table(tmp_path / "d" / "part-000.parquet").to_pydict()
+    bad["label"][250] = 2
+    pq.write_table(pa.table(bad), tmp_path / "d" / "part-000.parquet", row_group_size=100)
+    with pytest.raises(
+        DataError, match=r"part-000\.parquet, row group 2, row 50: column 'label' is 2, a label must be 0 or 1"
+    ):
+        list(reader(paths))
+    assert not readers_alive()
+
+
+def test_prefetch_is_bounded(tmp_path):
+    """A consumer that stops taking stops the reader: it never runs ahead through the data set."""
+    paths = write(tmp_path / "d", [4000], rows_a_group=100)
+    made = []
+    source = reader(paths)
+    produce = source._batches
+
+    def counted():
+        for batch in produce():
+            made.append(batch.rows)
+            yield batch
+
+    source._batches = counted
+    batches = iter(source)
+    next(batches)
+    time.sleep(0.3)
+    # One handed out, `prefetch` waiting, one in the producer's hand.
+    assert len(made) <= 1 + DATA.prefetch + 1
+    batches.close()
