@@ -1,0 +1,155 @@
+"""The process group: one process as it is, or as many as torchrun or TorchX launched.
+
+Every rank leaves a failure together: `World.agree` turns an error of one rank into the same error
+on all of them, so that nobody waits in a collective for a rank that has given up.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from c2al import errors
+from c2al.config import DistConfig
+from c2al.errors import BackendError, C2ALError, TrainingError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among the ranks, and the few collectives a job needs beside the model's own."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    """Ranks on this host, as TorchRec's table_row_wise and grid_shard understand a host."""
+    device: torch.device
+    timeout: datetime.timedelta
+    control: dist.ProcessGroup
+    """gloo group of all ranks; carries Python objects and CPU tensors whatever the device is."""
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """`value` of rank `source`, on every rank (pickled)."""
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self.control)
+        return box[0]
+
+    def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum of `tensor` over the ranks, in place, on every rank. CPU or device tensor."""
+        dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def new_control_group(self) -> dist.ProcessGroup:
+        """Another gloo group of all ranks, for collectives from a background thread. Collective."""
+        return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self.timeout))
+
+    def agree(self, error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
+        """Raises on every rank if `error` is set on any; collective.
+
+        A rank with an error of its own raises that; the others raise the first rank's, with its
+        class where it is one of ours (so the exit code is the same everywhere) and its rank in front.
+        """
+        report = None if error is None else (type(error).__name__, str(error) or repr(error))
+        reports: list[tuple[str, str] | None] = [None] * self.size
+        dist.all_gather_object(reports, report, group=group or self.control)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(reports):
+            if other is not None:
+                name, message = other
+                kind = getattr(errors, name, None)
+                known = isinstance(kind, type) and issubclass(kind, C2ALError)
+                raise (kind if known else TrainingError)(f"rank {rank}: {message if known else f'{name}: {message}'}")
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Makes every random draw of this step (dropout) a function of (seed, step, rank).
+
+        A resumed run draws what the uninterrupted one drew, and no generator state has to be saved.
+        """
+        digest = hashlib.sha256(f"c2al step {seed}/{step}/{self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextlib.contextmanager
+def process_group(config: DistConfig) -> Iterator[World]:
+    """Joins the ranks torchrun launched, or makes a world of one when nothing launched this process.
+
+    gloo on CPU, nccl on CUDA. A group the caller already initialised is adopted and left alone.
+
+    Raises BackendError when CUDA is asked for and absent, TrainingError when a rank does not arrive
+    within `timeout_seconds` or the rendezvous address cannot be used.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(config.device, local_rank)
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    adopted = dist.is_initialized()
+    if not adopted:
+        _initialise("nccl" if device.type == "cuda" else "gloo", timeout)
+    try:
+        size = dist.get_world_size()
+        local_size = config.local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        if size % local_size:
+            raise BackendError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks a host")
+        # TorchRec reads the host's size from the environment wherever it splits rows within a host;
+        # the plan and the runtime must mean the same number.
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
+        os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() % local_size))
+        control = (
+            dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else dist.group.WORLD
+        )
+        yield World(
+            rank=dist.get_rank(),
+            size=size,
+            local_rank=local_rank,
+            local_size=local_size,
+            device=device,
+            timeout=timeout,
+            control=cast(dist.ProcessGroup, control),
+        )
+    finally:
+        if not adopted:
+            dist.destroy_process_group()
+
+
+def _device(choice: str, local_rank: int) -> torch.device:
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise BackendError("dist.device: 'cuda' was asked for, but no CUDA device is visible to this process")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise BackendError(
+            f"dist.device: local rank {local_rank} has no CUDA device of its own, {torch.cuda.device_count()} visible"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _initialise(backend: str, timeout: datetime.timedelta) -> None:
+    if "RANK" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    environment = os.environ
+    where = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+    who = f"rank {environment['RANK']} of {environment.get('WORLD_SIZE')}"
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as e:  # DistError and its kin are RuntimeErrors
+        if "EADDRINUSE" in str(e) or "address already in use" in str(e).lower():
+            raise TrainingError(
+                f"{who}: port in use: another process listens on {where}; choose another rendezvous port"
+            ) from e
+        raise TrainingError(
+            f"{who}: not all ranks met at {where} within {timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
+        ) from e
