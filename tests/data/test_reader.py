@@ -45,7 +45,7 @@ def write(folder, sizes, start=0, rows_a_group=None):
 
 
 def reader(paths, data=DATA, **changes):
-    options = dict(batch_size=16, rank=0, world_size=1, seed=5, shuffle=True, shards=8, carry=("row_id",))
+    options = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 5, "shuffle": True, "shards": 8} | {"carry": ("row_id",)}
     return BatchReader(paths, data, NO_STATISTICS, **{**options, **changes})
 
 
@@ -104,7 +104,7 @@ def test_seek_does_not_decode_what_lies_before(tmp_path, monkeypatch):
     damaged = bytearray(file.read_bytes())
     damaged[begin:end] = b"\xff" * (end - begin)
     file.write_bytes(damaged)
-    options = dict(shuffle=False, shards=1)
+    options = {"shuffle": False, "shards": 1}
     assert [i for b in reader(paths, start_step=70, **options) for i in ids(b)] == list(range(1120, 4000))
     with pytest.raises(DataError, match=r"part-000\.parquet, row group 0: cannot be decoded"):
         list(reader(paths, **options))
