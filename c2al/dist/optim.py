@@ -90,9 +90,7 @@ class Optimizer:
 
     def dense_state(self) -> dict[str, torch.Tensor]:
         """Adam's live state tensors, named PARAMETER.step, .exp_avg and .exp_avg_sq."""
-        return {
-            f"{name}.{key}": value for name, p in self._dense.items() for key, value in self._adam.state[p].items()
-        }
+        return {f"{name}.{key}": value for name, p in self._dense.items() for key, value in self._adam.state[p].items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What is neither in `dense_state`, `replicated_moments` nor in the tables' fused state."""

@@ -69,8 +69,9 @@ class World:
             if other is not None:
                 name, message = other
                 kind = getattr(errors, name, None)
-                known = isinstance(kind, type) and issubclass(kind, C2ALError)
-                raise (kind if known else TrainingError)(f"rank {rank}: {message if known else f'{name}: {message}'}")
+                if isinstance(kind, type) and issubclass(kind, C2ALError):
+                    raise kind(f"rank {rank}: {message}")
+                raise TrainingError(f"rank {rank}: {name}: {message}")
 
     def seed_step(self, seed: int, step: int) -> None:
         """Makes every random draw of this step (dropout) a function of (seed, step, rank).
@@ -105,9 +106,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
         # the plan and the runtime must mean the same number.
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() % local_size))
-        control = (
-            dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else dist.group.WORLD
-        )
+        control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else dist.group.WORLD
         yield World(
             rank=dist.get_rank(),
             size=size,
@@ -138,7 +137,9 @@ def _device(choice: str, local_rank: int) -> torch.device:
 
 def _initialise(backend: str, timeout: datetime.timedelta) -> None:
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
         return
     environment = os.environ
     where = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"

@@ -20,7 +20,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag, BatchedFusedEmbeddingBag
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
@@ -38,7 +38,7 @@ from torchrec.distributed.types import (
     ParameterSharding,
     ShardingPlan,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
@@ -58,6 +58,17 @@ ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, Sha
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Rank and place of one block of a table."""
+
+    rank: int
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
 class Placement:
     """Sharding type of one table and the rank of each of its blocks.
 
@@ -69,8 +80,9 @@ class Placement:
     sharding: str
     ranks: tuple[int, ...]
 
-    def blocks(self, rows: int, dim: int, local_size: int) -> list[ShardMetadata]:
-        """Offset, size and rank of every block, without device. Row blocks are ceil(rows / n) long."""
+    def extents(self, rows: int, dim: int, local_size: int) -> list["Extent"]:
+        """Where every block of a rows x dim table lies. Row blocks are ceil(rows / n) long, the last
+        ones shorter or empty, as TorchRec wants them."""
         columns = 1
         if self.sharding in COLUMN_SPLIT:
             columns = len(self.ranks)
@@ -78,18 +90,12 @@ class Placement:
             columns = len(self.ranks) // local_size
         per_column = len(self.ranks) // columns
         width, height = dim // columns, -(-rows // max(per_column, 1))
-        blocks = []
+        extents = []
         for i, rank in enumerate(self.ranks):
             column, part = divmod(i, per_column)
-            start = min(part * height, rows)
-            blocks.append(
-                ShardMetadata(
-                    shard_offsets=[start, column * width],
-                    shard_sizes=[min(height, rows - start), width],
-                    placement=f"rank:{rank}/cpu",
-                )
-            )
-        return blocks
+            row = min(part * height, rows)
+            extents.append(Extent(rank, row, column * width, min(height, rows - row), width))
+        return extents
 
     def problem(self, rows: int, dim: int, world: World) -> str | None:
         """Why this placement cannot hold a rows x dim table in `world`; None when it can."""
@@ -175,7 +181,7 @@ def plan_of(dmp: DistributedModelParallel) -> dict[str, Placement]:
             sharding.sharding_type, () if sharding.sharding_type == DATA_PARALLEL else tuple(sharding.ranks or ())
         )
         for module in dmp.plan.plan.values()
-        for table, sharding in module.items()  # type: ignore[attr-defined]
+        for table, sharding in module.items()
     }
 
 
@@ -195,9 +201,9 @@ def plan_table(dmp: DistributedModelParallel) -> str:
     for name, chosen in plan.items():
         rows, dim = sizes[name]
         total = 0
-        for block in chosen.blocks(rows, dim, local_size):
-            stored = _bytes(*block.shard_sizes)
-            load[block.placement.rank()] += stored
+        for block in chosen.extents(rows, dim, local_size):
+            stored = _bytes(block.rows, block.columns)
+            load[block.rank] += stored
             total += stored
         if chosen.sharding == DATA_PARALLEL:
             total = _bytes(rows, dim) * size
@@ -228,9 +234,8 @@ class Block:
         """Gradient of a data_parallel block after backward."""
         if self.parameter is None or self.parameter.grad is None:
             return None
-        return self.parameter.grad.as_strided(
-            self.weight_RD.shape, self.weight_RD.stride(), self.weight_RD.storage_offset()
-        )
+        start = self.weight_RD.storage_offset() - self.parameter.storage_offset()
+        return self.parameter.grad.flatten()[start : start + self.weight_RD.numel()].view_as(self.weight_RD)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,9 @@ def local_tables(dmp: DistributedModelParallel) -> list[Table]:
         for config in sharded._embedding_bag_configs:
             tables.append(
                 Table(
-                    name=f"{path}.embedding_bags.{config.name}.weight" if path else f"embedding_bags.{config.name}.weight",
+                    name=f"{path}.embedding_bags.{config.name}.weight"
+                    if path
+                    else f"embedding_bags.{config.name}.weight",
                     rows=config.num_embeddings,
                     dim=config.embedding_dim,
                     replicated=plan[config.name].sharding == DATA_PARALLEL,
@@ -347,17 +354,15 @@ def _choose(model: nn.Module, config: Config, world: World) -> Plan:
     try:
         torchrec_plan = planner.plan(model, [_Sharder()])
     except PlannerError as e:
-        kinds = sorted({k for c in constraints.values() for k in c.sharding_types or ()})
+        asked = sorted({k for c in constraints.values() for k in c.sharding_types or ()})
         raise PlanError(
             f"no sharding plan fits {world.size} ranks with dist.ddr_gib = {config.dist.ddr_gib:g}, "
-            f"dist.hbm_gib = {config.dist.hbm_gib:g} and sharding types {kinds}: {' '.join(str(e).split())}"
+            f"dist.hbm_gib = {config.dist.hbm_gib:g} and sharding types {asked}: {' '.join(str(e).split())}"
         ) from e
     except RuntimeError as e:  # the enumerator's answer to constraints that exclude everything
         raise PlanError(f"dist.sharding: {e}") from e
     return {
-        table: Placement(
-            s.sharding_type, () if s.sharding_type == DATA_PARALLEL else tuple(s.ranks)
-        )
+        table: Placement(s.sharding_type, () if s.sharding_type == DATA_PARALLEL else tuple(s.ranks))
         for module in torchrec_plan.plan.values()
         for table, s in module.items()
     }
@@ -387,6 +392,9 @@ def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: Dist
         problem = plan[name].problem(tables[name].num_embeddings, tables[name].embedding_dim, world)
         if problem:
             problems.append(f"table '{name}': {problem}")
+        if plan[name].sharding == ShardingType.GRID_SHARD.value and tables[name].pooling is PoolingType.MEAN:
+            # TorchRec pools row blocks by sum and divides later, but forgets to for grid_shard.
+            problems.append(f"table '{name}': grid_shard would silently pool by sum instead of mean")
     cpu, comms = world.device.type == "cpu", {config.forward_comm, config.backward_comm}
     if cpu and "bf16" in comms:
         problems.append("bf16 communication would silently become fp16 on CPU; ask for fp16 or fp32")
@@ -405,15 +413,11 @@ def _torchrec_plan(model: nn.Module, plan: Plan, world: World) -> ShardingPlan:
             chosen = plan[table.name]
             blocks = [
                 ShardMetadata(
-                    shard_offsets=b.shard_offsets,
-                    shard_sizes=b.shard_sizes,
-                    placement=placement(world.device.type, rank, world.local_size),
+                    shard_offsets=[e.row, e.column],
+                    shard_sizes=[e.rows, e.columns],
+                    placement=placement(world.device.type, e.rank, world.local_size),
                 )
-                for b, rank in zip(
-                    chosen.blocks(table.num_embeddings, table.embedding_dim, world.local_size),
-                    chosen.ranks,
-                    strict=True,
-                )
+                for e in chosen.extents(table.num_embeddings, table.embedding_dim, world.local_size)
             ]
             parallel = chosen.sharding == DATA_PARALLEL
             shardings[table.name] = ParameterSharding(
@@ -471,7 +475,10 @@ def _tables(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
 
 def _configs(dmp: DistributedModelParallel) -> Sequence[EmbeddingBagConfig]:
     return [
-        t for m in dmp.module.modules() if isinstance(m, ShardedEmbeddingBagCollection) for t in m._embedding_bag_configs
+        t
+        for m in dmp.module.modules()
+        if isinstance(m, ShardedEmbeddingBagCollection)
+        for t in m._embedding_bag_configs
     ]
 
 

@@ -26,10 +26,3 @@ def train(cases: list[dict]) -> list[tuple[list[float], dict[str, str]]]:
     return out
 
 
-KINDS = ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"]
-if __name__ == "__main__":
-    cases = [{"dist__sharding": [k]} for k in KINDS]
-    for n, l in [(1, 1), (2, 2), (4, 2)]:
-        r = run_ranks(train, n, cases, local_size=l)[0]
-        for k, (losses, plan) in zip(KINDS, r):
-            print(n, k, losses[0], losses[5], losses[-1], plan)

@@ -73,7 +73,9 @@ def batch(step: int, rank: int, size: int) -> tuple[torch.Tensor, KeyedJaggedTen
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     values, lengths = [], []
     for name, rows in ROWS.items():
-        length_B = torch.randint(0, 4, (GLOBAL_BATCH,), generator=g) if name == "tags" else torch.ones(GLOBAL_BATCH).long()
+        length_B = (
+            torch.randint(0, 4, (GLOBAL_BATCH,), generator=g) if name == "tags" else torch.ones(GLOBAL_BATCH).long()
+        )
         ids = torch.randint(0, rows, (int(length_B.sum()),), generator=g)
         start = int(length_B[: mine.start].sum())
         values.append(ids[start : start + int(length_B[mine].sum())])
