@@ -71,8 +71,9 @@ class Optimizer:
         scale = learning_rate_scale(self._config, self.steps, self._total_steps)
         return self._config.sparse_lr * scale, self._config.dense_lr * scale
 
-    def zero_grad(self) -> None:
-        self._adam.zero_grad(set_to_none=True)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients; TorchRec's gradient accumulation passes the flag as torch's optimizers take it."""
+        self._adam.zero_grad(set_to_none=set_to_none)
         for block in self._replicated.values():
             assert block.parameter is not None
             block.parameter.grad = None

@@ -1,0 +1,32 @@
+"""`c2al demo`: an experiment on synthetic impressions with planted cohorts, a few minutes on a laptop."""
+
+import argparse
+import shlex
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+from c2al.config import load_config
+from c2al.data.synthetic import synthesise
+from c2al.dist.process import process_group
+from c2al.jobs.experiment import experiment
+
+CONFIG = "configs/demo.toml"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of data and results")
+    parser.add_argument("--rows", type=int, default=400_000, help="impressions to synthesise")
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    data = args.output / "data"
+    splits = [f"--data.{split}=['{data / split}']" for split in ("train", "validation", "test")]
+    config = load_config(str(files("launch") / CONFIG), [*splits, *overrides])
+    with process_group(config.dist) as world:
+        if world.rank == 0 and not data.exists():
+            synthesise(data, rows=args.rows, seed=config.seed)
+        world.barrier()
+        report = experiment(config, args.output, world, command=shlex.join(["c2al", *sys.argv[1:]]))
+        if world.rank == 0:
+            print(f"report: {report}")

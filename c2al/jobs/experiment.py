@@ -1,0 +1,131 @@
+"""`c2al experiment`: baseline against C2AL over paired seeds, and one report.
+
+A seed's two models share initialisation and data order and differ in the auxiliary losses alone.
+Cohorts come from the first seed's baseline. Every stage leaves a finished folder, so the same
+command goes on where an earlier one stopped.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from c2al.config import Config, load_config, replace, save_config, write_atomically
+from c2al.dist.process import World, process_group
+from c2al.errors import ConfigError
+from c2al.jobs.discover import discover
+from c2al.jobs.evaluate import evaluate
+from c2al.jobs.export import export
+from c2al.jobs.score import score
+from c2al.jobs.train import train
+from c2al.report.html import write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, help="TOML configuration")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder of the experiment; an interrupted one goes on"
+    )
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(args.config, overrides)
+    with process_group(config.dist) as world:
+        report = experiment(config, args.output, world, command=shlex.join(["c2al", *sys.argv[1:]]))
+        if world.rank == 0:
+            print(f"report: {report}")
+
+
+def experiment(config: Config, output: Path, world: World, command: str) -> Path:
+    """Runs every stage not yet finished in `output` and returns the path of the HTML report.
+
+    Raises ConfigError for a configuration that is no experiment, CohortError when discovery finds
+    no pair of cohorts that noise could not explain, and what the stages raise.
+    """
+    _check(config)
+    world.agree(_start(config, output, command) if world.rank == 0 else None)
+    first, *_ = seeds = config.experiment.seeds
+
+    for seed in seeds:
+        baseline = output / f"seed_{seed}" / "baseline"
+        train(replace(config, seed=seed), baseline / "run", world)
+        _unless_done(baseline / "scores_test", lambda to, b=baseline: score(b / "run", config.data.test, to, world))
+    split = config.data.validation if config.experiment.discover_on == "validation" else config.data.train
+    base = output / f"seed_{first}" / "baseline"
+    _unless_done(base / "scores_discover", lambda to: score(base / "run", split, to, world))
+    cohorts = output / "cohorts" / "cohorts.json"
+    if not cohorts.exists():
+        discover([str(base / "scores_discover")], config.axes, config.discover, cohorts.parent, world, config.data)
+
+    for seed in seeds:
+        c2al = output / f"seed_{seed}" / "c2al"
+        lambdas = {f"train.{name}": getattr(config.experiment, name) for name in ("lambda_head", "lambda_tail")}
+        train(replace(config, seed=seed, **lambdas), c2al / "run", world, cohorts)
+        _unless_done(c2al / "scores_test", lambda to, c=c2al: score(c / "run", config.data.test, to, world))
+
+    if world.size == 1:
+        served = output / f"seed_{first}" / "c2al"
+        _unless_done(served / "serving", lambda to: export(served / "run", config.data.test, to, world))
+    report = output / "report.html"
+    error: BaseException | None = None
+    if world.rank == 0:
+        try:
+            pairs = [tuple(output / f"seed_{s}" / arm / "scores_test" for arm in ("baseline", "c2al")) for s in seeds]
+            evaluate(pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation")
+            report = write_report(output)
+        except Exception as e:
+            error = e
+    world.agree(error)
+    return report
+
+
+def _check(config: Config) -> None:
+    problems = []
+    if config.train.auxiliary:
+        problems.append("train.lambda_head, train.lambda_tail: must be 0; experiment.lambda_* are the C2AL runs'")
+    for split in ("train", "validation", "test"):
+        if not getattr(config.data, split):
+            problems.append(f"data.{split}: an experiment needs all three splits")
+    if not config.axes:
+        problems.append("axes: an experiment needs at least one axis to discover cohorts on")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _start(config: Config, output: Path, command: str) -> ConfigError | None:
+    """Writes what the report says of the experiment itself; refuses the folder of another one."""
+    known = output / "config.toml"
+    if known.exists() and load_config(known) != config:
+        return ConfigError(f"{output}: holds an experiment of another config ({known}); give another --output")
+    save_config(config, known)
+    write_atomically(output / "command.txt", command + "\n")
+    names = (
+        "torch",
+        "torchrec",
+        "fbgemm-gpu-cpu",
+        "fbgemm-gpu",
+        "triton",
+        "numpy",
+        "numba",
+        "pyarrow",
+        "scipy",
+        "c2al",
+    )
+    versions = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    write_atomically(output / "versions.json", json.dumps(versions, indent=2) + "\n")
+    return None
+
+
+def _unless_done(folder: Path, stage: Callable[[Path], object]) -> None:
+    """Runs a stage that ends by renaming its folder into place, unless an earlier command did."""
+    if not folder.exists():
+        stage(folder)

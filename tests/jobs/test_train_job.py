@@ -1,0 +1,184 @@
+"""`train` in this process: determinism, resume, what stops it and what it leaves behind."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from c2al.__main__ import main
+from c2al.config import parse_config, replace, save_config
+from c2al.dist.checkpoint import load_unsharded
+from c2al.dist.process import process_group
+from c2al.errors import CheckpointError, ConfigError, TrainingError
+from c2al.jobs.train import train
+from impressions import splits, tree, write_impressions
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return splits(tmp_path_factory.mktemp("impressions"))
+
+
+@pytest.fixture(scope="module")
+def world(config):
+    with process_group(config.dist) as world:
+        yield world
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = max((run / "checkpoints").glob("step*"))
+    return load_unsharded(newest)
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_training_learns_and_writes_its_folder(config, world, tmp_path):
+    config = replace(config, **{"train.epochs": 3})
+    ne = train(config, tmp_path / "run", world)
+    assert ne is not None
+    assert ne < 0.99, "learns more than the base rate"
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(4, 49, 4))
+    last = records(tmp_path / "run", "train")[-1]
+    assert last["lifetime"]["primary"]["all"]["weight"] == 3 * 4096, "every row once an epoch"
+    assert last["seconds"]["total"] > 0
+    assert records(tmp_path / "run", "validation")[-1]["primary"]["all"]["ne"] == ne
+    (y,) = records(tmp_path / "run", "y")
+    assert any(layer.get("near_zero") is not None for layer in y.values() if isinstance(layer, dict))
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_resumed_equals_uninterrupted(config, world, tmp_path):
+    config = replace(config, **{"train.epochs": 2, "model.dropout": 0.1, "train.optimizer.warmup_steps": 5})
+    train(config, tmp_path / "whole", world)
+    for stop in (7, 20):  # inside the first epoch, inside the second
+        train(config, tmp_path / "parts", world, stop_after=stop)
+    train(config, tmp_path / "parts", world)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    assert [r["step"] for r in records(tmp_path / "parts", "validation")] == [32]
+
+
+def test_accumulated_steps_resume_too(config, world, tmp_path):
+    config = replace(config, **{"train.epochs": 1, "train.accumulate": 3, "train.log_every": 3})
+    train(config, tmp_path / "whole", world)
+    train(config, tmp_path / "parts", world, stop_after=6)
+    train(config, tmp_path / "parts", world)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def command(config_path: Path, run: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "c2al", "train", "--config", str(config_path), "--output", str(run), *words]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_equals_uninterrupted(config, world, tmp_path, number):
+    config = replace(config, **{"train.epochs": 6, "train.checkpoint.every_steps": 5})
+    save_config(config, tmp_path / "c.toml")
+    train(config, tmp_path / "whole", world)
+    process = subprocess.Popen(command(tmp_path / "c.toml", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step*")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, text = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode in (1, 0), text
+        assert process.returncode == 0 or "the same command goes on" in text
+    else:
+        assert process.returncode == -signal.SIGKILL
+    done = subprocess.run(command(tmp_path / "c.toml", tmp_path / "run"), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_equal_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, tmp_path):
+    wild = replace(
+        config,
+        **{
+            "train.epochs": 4,
+            "train.checkpoint.every_steps": 2,
+            "train.optimizer.dense_lr": 1e30,
+            "train.optimizer.warmup_steps": 0,
+        },
+    )
+    calm = replace(wild, **{"train.optimizer.dense_lr": 1e-3})
+    train(calm, tmp_path / "run", world, stop_after=4)
+    before = weights(tmp_path / "run")
+    save_config(wild, tmp_path / "run" / "config.toml")
+    with pytest.raises(TrainingError, match=r"the loss is not finite.*the last good checkpoint is .*step"):
+        train(wild, tmp_path / "run", world)
+    after = weights(tmp_path / "run")
+    assert all(torch.isfinite(w).all() for w in after.values())
+    assert before.keys() == after.keys()
+
+
+def test_a_folder_of_another_run_is_refused(config, world, tmp_path):
+    train(config, tmp_path / "run", world, stop_after=2)
+    with pytest.raises(ConfigError, match=r"holds a run with train.batch_size = 256, not 512; give another --output"):
+        train(replace(config, **{"train.batch_size": 512}), tmp_path / "run", world)
+    other = replace(config, **{"model.embedding_dim": 16})
+    save_config(other, tmp_path / "run" / "config.toml")
+    with pytest.raises(CheckpointError):
+        train(other, tmp_path / "run", world)
+
+
+BAD = {
+    "missing column": ({"age": None}, [], ["part-0.parquet", "age"]),
+    "wrong type": ({"item_id": ["x"] * 64}, [], ["part-0.parquet", "item_id", "string"]),
+    "label": ({"label": [0] * 63 + [2]}, [], ["part-0.parquet", "label", "2", "row group 3"]),
+    "nan dense": ({"age": [1.0] * 20 + [np.nan] + [1.0] * 43}, [], ["part-0.parquet", "age", "nan", "row group 1"]),
+    "identity out of range": ({"item_id": [0] * 10 + [64] + [0] * 53}, [], ["part-0.parquet", "item_id", "64"]),
+    "unknown key": ({}, ["--train.lr", "1"], ["c.toml", "train.lr", "unknown key"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_and_leaves_nothing(case, tmp_path, capsys):
+    changes, overrides, words = BAD[case]
+    write_impressions(tmp_path / "train", 64, **changes)
+    assert_refused(tmp_path, capsys, words, overrides)
+
+
+def test_empty_dataset_is_refused(tmp_path, capsys):
+    write_impressions(tmp_path / "train", 0)
+    assert_refused(tmp_path, capsys, [str(tmp_path / "train"), "rows"])
+
+
+def test_truncated_parquet_is_refused(tmp_path, capsys):
+    (file,) = write_impressions(tmp_path / "train", 64).iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(tmp_path, capsys, [str(file)])
+
+
+def assert_refused(folder: Path, capsys, words: list[str], overrides: Sequence[str] = ()) -> None:
+    save_config(parse_config(tree(folder)), folder / "c.toml")
+    arguments = ["train", "--config", str(folder / "c.toml"), "--output", str(folder / "run"), *overrides]
+    assert main([*arguments, "--data.validation", "[]"]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word.lower() in message.lower(), message
+    assert sorted(p.name for p in folder.iterdir()) == ["c.toml", "train"], "nothing is left behind"
+
+
+def test_auxiliary_losses_need_cohorts(config, world, tmp_path):
+    with pytest.raises(ConfigError, match="need the cohorts; give --cohorts"):
+        train(replace(config, **{"train.lambda_head": 0.1}), tmp_path / "run", world)
+    assert not (tmp_path / "run").exists()
