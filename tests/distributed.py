@@ -5,9 +5,10 @@ in well under a second; they meet through a file store, need no port, and are ki
 A failure shows every failed worker's whole traceback.
 """
 
+import datetime
 import multiprocessing
+import multiprocessing.connection
 import os
-import queue
 import tempfile
 import time
 import traceback
@@ -15,8 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torchrec.distributed.model_parallel", "c2al.dist.checkpoint"])
+_CONTEXT.set_forkserver_preload(["c2al.dist.checkpoint"])
+GRACE_SECONDS = 10.0
+"""What the other ranks get, once one has failed, to report why they failed, too."""
 
 
 def run_ranks(
@@ -24,85 +30,70 @@ def run_ranks(
 ) -> list[Any]:
     """Calls `function(*args)` on `ranks` processes with a process group; returns their results by rank.
 
-    `function` must be importable (module level) and is called after the default group is there, so
+    `function` must be importable (module level); the default group is there when it is called, so
     `c2al.dist.process.process_group` adopts it. `local_size`: ranks a pretended host.
     Raises AssertionError with all tracebacks if any rank fails, dies or is not done in `timeout` seconds.
     """
-    with tempfile.TemporaryDirectory(prefix="c2al-ranks-") as folder:
-        results = _CONTEXT.Queue()
-        store = str(Path(folder) / "store")
+    with tempfile.TemporaryDirectory(prefix="c2al-ranks-") as name:
+        folder = Path(name)
         workers = [
-            _CONTEXT.Process(
-                target=_worker, args=(function, rank, ranks, local_size or ranks, store, timeout, results, args)
-            )
+            _CONTEXT.Process(target=_worker, args=(function, args, rank, ranks, local_size or ranks, folder, timeout))
             for rank in range(ranks)
         ]
-        for worker in workers:
-            worker.start()
         try:
-            return _collect(workers, results, time.monotonic() + timeout)
+            for worker in workers:
+                worker.start()
+            _wait(workers, time.monotonic() + timeout)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.join()
+        failures = [f"--- rank {r}: {_report(folder, r, w.exitcode)}" for r, w in enumerate(workers) if w.exitcode]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [torch.load(folder / f"{rank}.result", weights_only=False) for rank in range(ranks)]
 
 
-def _collect(workers: list[Any], results: Any, deadline: float) -> list[Any]:
-    answers: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    while len(answers) + len(failures) < len(workers):
-        try:
-            rank, answer, failure = results.get(timeout=0.2)
-            if failure is None:
-                answers[rank] = answer
-            else:
-                failures[rank] = failure
-                # The others get a moment to report why they failed, too.
-                deadline = min(deadline, time.monotonic() + 10)
-            continue
-        except queue.Empty:
-            pass
-        silent = [r for r in range(len(workers)) if r not in answers and r not in failures]
-        for rank in silent:
-            if workers[rank].exitcode is not None and results.empty():
-                failures[rank] = f"died without a report, exit code {workers[rank].exitcode}"
-                deadline = min(deadline, time.monotonic() + 10)
-        if time.monotonic() > deadline:
-            failures |= {r: "did not finish in time" for r in silent if r not in failures}
-    if failures:
-        raise AssertionError("\n".join(f"--- rank {rank}: {text}" for rank, text in sorted(failures.items())))
-    return [answers[rank] for rank in range(len(workers))]
+def _wait(workers: list[Any], deadline: float) -> None:
+    running = {w.sentinel: w for w in workers}
+    while running and (left := deadline - time.monotonic()) > 0:
+        for sentinel in multiprocessing.connection.wait(list(running), timeout=left):
+            worker = running.pop(sentinel)
+            worker.join()
+            if worker.exitcode:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+
+
+def _report(folder: Path, rank: int, exitcode: int) -> str:
+    path = folder / f"{rank}.failure"
+    return (
+        path.read_text() if path.exists() else f"no report, exit code {exitcode} (-9: killed, here or at the timeout)"
+    )
 
 
 def _worker(
     function: Callable[..., Any],
+    args: tuple[Any, ...],
     rank: int,
     ranks: int,
     local_size: int,
-    store: str,
+    folder: Path,
     timeout: float,
-    results: Any,
-    args: tuple[Any, ...],
 ) -> None:
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     os.environ.update(LOCAL_WORLD_SIZE=str(local_size), LOCAL_RANK=str(rank % local_size))
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, ranks),
+            store=dist.FileStore(str(folder / "store"), ranks),
             rank=rank,
             world_size=ranks,
             timeout=datetime.timedelta(seconds=timeout),
         )
-        results.put((rank, function(*args), None))
+        torch.save(function(*args), folder / f"{rank}.result")
+        status = 0
     except BaseException:
-        results.put((rank, None, traceback.format_exc()))
-    # Not destroyed: after a failure elsewhere the shutdown itself could wait. The process ends here.
-    results.close()
-    results.join_thread()
-    os._exit(0)
+        (folder / f"{rank}.failure").write_text(traceback.format_exc())
+        status = 1
+    # Straight out: destroying the group could wait for a rank that has failed.
+    os._exit(status)

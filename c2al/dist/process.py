@@ -7,7 +7,9 @@ on all of them, so that nobody waits in a collective for a rank that has given u
 import contextlib
 import datetime
 import hashlib
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -91,6 +93,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
     Raises BackendError when CUDA is asked for and absent, TrainingError when a rank does not arrive
     within `timeout_seconds` or the rendezvous address cannot be used.
     """
+    _hush_the_stack()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(config.device, local_rank)
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
@@ -154,3 +157,12 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
         raise TrainingError(
             f"{who}: not all ranks met at {where} within {timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
         ) from e
+
+
+def _hush_the_stack() -> None:
+    """What the pinned torch, torchrec and fbgemm tell each other's developers (calls that will be renamed,
+    hints for their own planners); nobody who runs c2al can act on it. Errors still come through."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
+    warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -54,7 +54,8 @@ INIT_ROWS = 8192
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 COLUMN_SPLIT = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
-ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+GRID = ShardingType.GRID_SHARD.value
+ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, GRID)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Placement:
         columns = 1
         if self.sharding in COLUMN_SPLIT:
             columns = len(self.ranks)
-        elif self.sharding == ShardingType.GRID_SHARD.value:
+        elif self.sharding == GRID:
             columns = len(self.ranks) // local_size
         per_column = len(self.ranks) // columns
         width, height = dim // columns, -(-rows // max(per_column, 1))
@@ -146,13 +147,13 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
     this stack would silently replace.
     """
     tables = _tables(model)
-    error: PlanError | None = None
+    error: Exception | None = None
     plan: Plan = {}
     if world.rank == 0:
         try:
             plan = _read_plan(Path(config.dist.plan)) if config.dist.plan else _choose(model, config, world)
             _validate(plan, tables, config.dist, world)
-        except PlanError as e:
+        except Exception as e:  # whatever it is, the other ranks must not be left waiting for the plan
             error = e
     world.agree(error)
     plan = world.broadcast(plan)
@@ -323,11 +324,13 @@ def _choose(model: nn.Module, config: Config, world: World) -> Plan:
     special = {t.name: t for t in config.dist.tables}
     features = {f.key: f for f in config.data.sparse}
     constraints = {}
-    for table in _tables(model):
+    for table, embedding in _tables(model).items():
         wanted = special.get(table)
-        kinds = wanted.sharding if wanted and wanted.sharding else config.dist.sharding
+        kinds = list(wanted.sharding if wanted and wanted.sharding else config.dist.sharding)
+        if embedding.pooling is PoolingType.MEAN and len(kinds) > 1:
+            kinds = [k for k in kinds if k != GRID]  # see _validate
         constraints[table] = ParameterConstraints(
-            sharding_types=list(kinds),
+            sharding_types=kinds,
             compute_kernels=sorted({_kernel(k) for k in kinds}),
             min_partition=(wanted.min_partition or None) if wanted else None,
             pooling_factors=[float(features[table].max_length)] if table in features else [1.0],
@@ -392,7 +395,7 @@ def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: Dist
         problem = plan[name].problem(tables[name].num_embeddings, tables[name].embedding_dim, world)
         if problem:
             problems.append(f"table '{name}': {problem}")
-        if plan[name].sharding == ShardingType.GRID_SHARD.value and tables[name].pooling is PoolingType.MEAN:
+        if plan[name].sharding == GRID and tables[name].pooling is PoolingType.MEAN:
             # TorchRec pools row blocks by sum and divides later, but forgets to for grid_shard.
             problems.append(f"table '{name}': grid_shard would silently pool by sum instead of mean")
     cpu, comms = world.device.type == "cpu", {config.forward_comm, config.backward_comm}
