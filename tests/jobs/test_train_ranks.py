@@ -1,0 +1,54 @@
+"""`c2al train` as users launch it on several ranks: torchrun, gloo, real processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from c2al.config import replace, save_config
+from impressions import splits, write_impressions
+
+
+def launch(config: Path, output: Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    """One host, `ranks` ranks, under torchrun; without it for one rank."""
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    job = ["-m", "c2al", "train", "--config", str(config), "--output", str(output)]
+    return subprocess.run([sys.executable, *runner, *job], capture_output=True, text=True, timeout=300)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    return [r for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if r["kind"] == kind]
+
+
+def test_one_and_two_ranks_agree_for_twenty_steps(tmp_path):
+    config = replace(
+        splits(tmp_path, rows=5000),  # 19.5 batches an epoch: the last one is padded
+        **{"train.epochs": 2, "train.max_steps": 24, "train.log_every": 1, "dist.sharding": ("table_wise", "row_wise")},
+    )
+    save_config(config, tmp_path / "c.toml")
+    for ranks in (1, 2):
+        done = launch(tmp_path / "c.toml", tmp_path / f"ranks{ranks}", ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (records(tmp_path / f"ranks{n}", "train") for n in (1, 2))
+    assert len(one) == len(two) == 24
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"]["primary"] == pytest.approx(a["loss"]["primary"], abs=1e-5), a["step"]
+    assert two[-1]["lifetime"]["primary"]["all"]["weight"] == one[-1]["lifetime"]["primary"]["all"]["weight"]
+    (v1,), (v2,) = (records(tmp_path / f"ranks{n}", "validation") for n in (1, 2))
+    assert v1["primary"]["all"]["weight"] == v2["primary"]["all"]["weight"] == 2500
+    assert v2["primary"]["all"]["ne"] == pytest.approx(v1["primary"]["all"]["ne"], abs=1e-5)
+
+
+def test_bad_data_on_one_rank_ends_both_with_its_message(tmp_path):
+    config = splits(tmp_path, rows=4096)
+    # One bad row, late in the data: a single rank meets it while the other waits in a collective.
+    write_impressions(tmp_path / "train", 4096, 0, label=[0] * 4095 + [7])
+    save_config(config, tmp_path / "c.toml")
+    done = launch(tmp_path / "c.toml", tmp_path / "run", 2)
+    assert done.returncode != 0
+    assert "label" in done.stderr
+    assert "7" in done.stderr
+    assert "part-0.parquet" in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoints/step*"))
