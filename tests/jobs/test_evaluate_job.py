@@ -351,7 +351,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 def test_intervals_of_a_null_difference_cover(tmp_path: Path):
-    """Two models equally good by construction, rows of a user correlated in label and in error.
+    """Two models equally good by construction, whose errors and labels are correlated within a user.
 
     The interval over users must cover 0 at about its nominal rate, the one that takes rows for
     independent must not: it is the same code with each row a user of its own.
@@ -362,7 +362,7 @@ def test_intervals_of_a_null_difference_cover(tmp_path: Path):
     for draw in range(draws):
         rng = np.random.default_rng(draw)
         user = np.repeat(np.arange(users), per_user)
-        z = rng.normal(size=users)[user] - 1.5
+        z = 1.5 * rng.normal(size=users)[user] - 1.5
         label = (rng.random(len(user)) < 1 / (1 + np.exp(-z))).astype(np.float32)
         data = {
             "row_id": np.arange(len(user)),
@@ -370,7 +370,7 @@ def test_intervals_of_a_null_difference_cover(tmp_path: Path):
             "label": label,
             "weight": np.ones(len(user), np.float32),
         }
-        p = [1 / (1 + np.exp(-(z + 0.5 * rng.normal(size=users)[user]))) for _ in range(2)]
+        p = [1 / (1 + np.exp(1.5 - 0.5 * rng.normal(size=users)[user])) for _ in range(2)]
         for unit in covered:
             own = {**data, "user_id": user if unit == "user" else np.arange(len(user))}
             runs = [tuple(write(tmp_path / f"{unit}{draw}{i}", own, p[i].astype(np.float32)) for i in range(2))]
