@@ -406,6 +406,12 @@ class DiscoverConfig:
     """Cohorts one axis may have."""
     prediction: str = "prediction"
     """Column with the baseline's predicted probability."""
+    label: str = "label"
+    """Column with 0 or 1; the score job names it so. The user's column is data.user_id."""
+    jackknife: bool = True
+    """False: divergences without intervals, and therefore no choice."""
+    cut_tolerance: float = 0.05
+    """How far the share of rows between two percentile cuts may be from the one asked for (ties)."""
     threads: int = 1
     """Worker threads a rank."""
     checkpoint_seconds: float = 60.0
@@ -417,7 +423,7 @@ class DiscoverConfig:
         for field in ("max_cohorts", "threads"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
-        for field in ("min_rows", "min_positives", "checkpoint_seconds"):
+        for field in ("min_rows", "min_positives", "checkpoint_seconds", "cut_tolerance"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
 

@@ -1,0 +1,1 @@
+"""Cohort discovery: histograms of predictions per cohort, cuts, divergences with bounds, the choice."""

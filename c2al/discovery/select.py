@@ -1,0 +1,140 @@
+"""The choice: the pair of cohorts whose divergence is largest beyond doubt, or none and why.
+
+Legend: P pairs of one axis, M tested pairs of all axes together.
+
+Pairs are ranked by a one-sided lower confidence bound of the rule's divergence, corrected for all M
+pairs that are tested, so a small cohort cannot win by its noise and nothing is chosen where all
+cohorts are alike.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from c2al.config import DiscoverConfig
+from c2al.discovery.divergence import Comparison
+from c2al.discovery.histogram import COUNT, POSITIVE, Counts
+
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisPairs:
+    """All pairs of one axis's cohorts under the rule's divergence."""
+
+    axis: str
+    comparison: Comparison
+    head_P: _Ints
+    """Index of the pair's cohort with more rows; of equals the first."""
+    tail_P: _Ints
+    value_P: _Floats
+    error_P: _Floats
+    """Jackknife standard error; NaN where there is none."""
+    freedom_P: _Ints
+    """Degrees of freedom: user groups of the cohort that has fewer, less one."""
+    eligible_P: npt.NDArray[np.bool_]
+    """Both cohorts have the minimum rows and positives, and the axis may be chosen from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Corrected lower bounds of every pair, and the pair chosen by them."""
+
+    bounds: tuple[_Floats, ...]
+    """An axis each: (P,); NaN for pairs that were not tested."""
+    tested: int
+    """M."""
+    chosen: tuple[int, int] | None
+    """(axis, pair)."""
+    reason: str
+
+
+def compare_axis(axis: str, counts: Counts, config: DiscoverConfig) -> AxisPairs:
+    """Every pair of an axis's cohorts under the rule."""
+    rows_C = counts.fine_CS22[..., COUNT].sum((1, 2))
+    positives_C = counts.fine_CS22[:, :, POSITIVE, COUNT].sum(1)
+    first_P, second_P = np.triu_indices(len(rows_C), 1)
+    swap_P = rows_C[second_P] > rows_C[first_P]
+    head_P, tail_P = np.where(swap_P, second_P, first_P), np.where(swap_P, first_P, second_P)
+    comparison = Comparison(counts)
+    estimates = comparison.estimate(head_P, tail_P, config.rule)
+    large_C = (rows_C >= config.min_rows) & (positives_C >= config.min_positives)
+    return AxisPairs(
+        axis=axis,
+        comparison=comparison,
+        head_P=head_P,
+        tail_P=tail_P,
+        value_P=estimates.value_P,
+        error_P=estimates.error_P,
+        freedom_P=np.minimum(comparison.groups_C[head_P], comparison.groups_C[tail_P]) - 1,
+        eligible_P=large_C[head_P] & large_C[tail_P] & (not config.axes or axis in config.axes),
+    )
+
+
+def choose(axes: Sequence[AxisPairs], config: DiscoverConfig) -> Choice:
+    """Bounds and choice over all axes; ties go to the axis and pair that come first."""
+    tested = [a.eligible_P & np.isfinite(a.error_P) & (a.freedom_P >= 1) for a in axes]
+    value_M, error_M, freedom_M = (
+        np.concatenate([getattr(a, name)[t] for a, t in zip(axes, tested, strict=True)] or [np.empty(0)])
+        for name in ("value_P", "error_P", "freedom_P")
+    )
+    bound_M = lower_bounds(value_M, error_M, freedom_M, 1 - config.confidence, config.correction)
+    bounds, rest = [], bound_M
+    for a, t in zip(axes, tested, strict=True):
+        bound_P = np.full(len(a.value_P), np.nan)
+        bound_P[t], rest = rest[: t.sum()], rest[t.sum() :]
+        bounds.append(bound_P)
+    if not len(bound_M):
+        return Choice(tuple(bounds), 0, None, _why_untested(axes, config))
+    best = max(
+        ((i, int(np.nanargmax(b))) for i, b in enumerate(bounds) if not np.isnan(b).all()),
+        key=lambda at: bounds[at[0]][at[1]],
+    )
+    family = f"{config.confidence:.6g} family-wise over {len(bound_M)} pairs ({config.correction})"
+    found = f"{config.rule} lower bound {bounds[best[0]][best[1]]:.6g} at confidence {family}"
+    if bounds[best[0]][best[1]] > 0:
+        return Choice(tuple(bounds), len(bound_M), best, f"largest {found}")
+    reason = f"no pair differs beyond noise: the largest {found}, on axis '{axes[best[0]].axis}', is not above 0"
+    return Choice(tuple(bounds), len(bound_M), None, reason)
+
+
+def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: float, correction: str) -> _Floats:
+    """One-sided Student-t lower bounds of M estimates whose family-wise error is at most `alpha`.
+
+    bonferroni: every bound at level alpha / M; they hold together. holm: the i-th smallest p-value at
+    alpha / (M - i) as long as all before it were significant; more pairs are found above 0, but the
+    bounds are tests only and do not hold together.
+    """
+    count = len(value_M)
+    if not count:
+        return np.empty(0)
+    if correction == "bonferroni":
+        level_M = np.full(count, alpha / count)
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p_M = np.nan_to_num(stats.t.sf(value_M / error_M, freedom_M), nan=1.0)
+        order = np.argsort(p_M, kind="stable")
+        level = alpha / (count - np.arange(count))
+        failed = np.flatnonzero(p_M[order] > level)
+        if len(failed):
+            level[failed[0] :] = level[failed[0]]
+        level_M = np.empty(count)
+        level_M[order] = level
+    return np.asarray(value_M - stats.t.isf(level_M, freedom_M) * error_M)
+
+
+def _why_untested(axes: Sequence[AxisPairs], config: DiscoverConfig) -> str:
+    if not config.jackknife:
+        return "the scan ran without a jackknife (discover.jackknife = false), so no pair has a lower bound"
+    if not any(len(a.head_P) for a in axes):
+        return "no axis has two cohorts"
+    if not any(a.eligible_P.any() for a in axes):
+        return (
+            f"no pair has {config.min_rows} rows and {config.min_positives} positives in both cohorts "
+            "on an axis that may be chosen from (discover.min_rows, discover.min_positives, discover.axes)"
+        )
+    return "no pair has users enough for a standard error (every cohort needs users in two groups)"

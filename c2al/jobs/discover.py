@@ -1,0 +1,128 @@
+"""`c2al discover`: the head and tail cohorts in scored impressions.
+
+Writes into --output:
+
+cohorts.json         axes, cohorts, divergences with intervals, the chosen pair or why there is none
+accumulators.npz     the integer counts behind it; `--merge` adds those of several days or shards
+densities.csv, .svg  densities of the predictions of every axis's first pair
+table.txt            what is printed at the end
+config.toml          the resolved configuration
+
+Equal rows give equal bytes of cohorts.json, whatever the ranks, threads, order of files or codec,
+and whether or not the scan was killed and started again.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from c2al.cohorts import Cohorts, read_cohorts
+from c2al.config import Axis, DataConfig, DiscoverConfig, load_config, save_config, write_atomically
+from c2al.data.source import open_dataset
+from c2al.discovery.describe import describe, table
+from c2al.discovery.scan import Accumulators, Columns, Cuts
+from c2al.dist.process import World, process_group
+from c2al.errors import CohortError, ConfigError
+from c2al.jobs._discover_figure import write_densities
+from c2al.jobs._discover_scan import scan, together
+
+ACCUMULATORS = "accumulators.npz"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="TOML configuration (with --merge: default the first folder's)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--scores", nargs="+", help="score folders, or any Parquet files, folders, globs or URIs")
+    source.add_argument("--merge", nargs="+", type=Path, metavar="DIR", help="add up earlier outputs without a scan")
+    parser.add_argument("--cuts", type=Path, metavar="DIR", help="take the percentile cuts of an earlier output")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the result; a killed scan goes on there")
+
+
+def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.merge and args.cuts:
+        raise ConfigError("--cuts: goes with --scores; what is merged keeps the cuts it has")
+    path = args.config or (args.merge[0] / "config.toml" if args.merge else None)
+    if path is None:
+        raise ConfigError("--config: needed with --scores")
+    config = load_config(path, overrides)
+    if args.merge:
+        merge(args.merge, config.discover, args.output)
+        save_config(config, args.output / "config.toml")
+        print((args.output / "table.txt").read_text(), end="")
+        return
+    with process_group(config.dist) as world:
+        discover(args.scores, config.axes, config.discover, args.output, world, config.data, args.cuts)
+        if world.rank == 0:
+            save_config(config, args.output / "config.toml")
+            print((args.output / "table.txt").read_text(), end="")
+
+
+def discover(
+    scores: Sequence[str],
+    axes: Sequence[Axis],
+    config: DiscoverConfig,
+    output: Path,
+    world: World,
+    data: DataConfig,
+    cuts_of: Path | None = None,
+) -> Cohorts:
+    """Scans `scores` on all ranks, writes `output` on rank 0 and returns the cohorts on every rank.
+
+    `cuts_of`: an earlier output whose percentile cuts are kept, so that the two can be merged.
+
+    Raises, on every rank, ConfigError without axes, DataError and CohortError as `scan` does, also when
+    the cuts of `cuts_of` do not fit. When no pair stands out that is a result, not an error: the
+    returned cohorts have no head and tail.
+    """
+    if not axes:
+        raise ConfigError("axes: discovery needs at least one axis")
+    columns = Columns(prediction=config.prediction, label=config.label, user=data.user_id)
+    files = together(world, lambda: open_dataset(scores))
+    earlier = together(world, lambda: _percentile_cuts(cuts_of, axes) if cuts_of else {})
+    unfinished = output / "unfinished"
+    total = scan(files, axes, config, columns, unfinished, world, earlier)
+    if world.rank == 0:
+        _write(total, config, output)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    world.barrier()
+    return read_cohorts(output / "cohorts.json")
+
+
+def merge(folders: Sequence[Path], config: DiscoverConfig, output: Path) -> Cohorts:
+    """Adds the counts of several outputs of `discover` and writes the result as `discover` does.
+
+    Raises CohortError naming the folder whose axes, cuts or jackknife are not those of the first:
+    counts between other cuts cannot be added. CheckpointError for a folder without readable counts.
+    """
+    total, _ = Accumulators.load(folders[0] / ACCUMULATORS)
+    for folder in folders[1:]:
+        other, _ = Accumulators.load(folder / ACCUMULATORS)
+        for name, hint in (("axes", ""), ("cuts", "; scan it again with --cuts"), ("jackknife", "")):
+            mine, theirs = getattr(total, name), getattr(other, name)
+            if mine != theirs:
+                raise CohortError(f"{folder}: {name} {theirs} are not those of {folders[0]}: {mine}{hint}")
+        total = total.plus(other.counts)
+    _write(total, config, output)
+    return read_cohorts(output / "cohorts.json")
+
+
+def _write(total: Accumulators, config: DiscoverConfig, output: Path) -> None:
+    """cohorts.json last: where it stands, the rest is whole."""
+    output.mkdir(parents=True, exist_ok=True)
+    document = describe(total, config)
+    total.save(output / ACCUMULATORS)
+    write_densities(total, document, output)
+    write_atomically(output / "table.txt", table(document) + "\n")
+    write_atomically(output / "cohorts.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _percentile_cuts(folder: Path, axes: Sequence[Axis]) -> Cuts:
+    """The cuts of the percentile axes of an earlier output. Raises CohortError for other axes."""
+    earlier, _ = Accumulators.load(folder / ACCUMULATORS)
+    percentiles = [a for a in axes if a.kind == "percentiles"]
+    for axis in percentiles:
+        if axis not in earlier.axes:
+            raise CohortError(f"{folder}: has no axis {axis}")
+    return {a.name: earlier.cuts[a.name] for a in percentiles}
