@@ -1,0 +1,1 @@
+"""Published data sets -> Parquet splits by time. One module a data set."""
