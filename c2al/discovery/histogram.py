@@ -154,10 +154,9 @@ class BlockCounter:
 class PreparedRows:
     """Where each row of a block lands within its cohort; shared by all targets. Buffers are reused."""
 
-    def __init__(self, rows: int):
-        self.cell = np.empty(rows, np.int32)
-        self.low = np.empty(rows, np.int32)
-        self.group_cell = np.empty(rows, np.int32)
+    def __init__(self, most_rows: int):
+        self._buffers = tuple(np.empty(most_rows, np.int32) for _ in range(3))
+        self.cell, self.low, self.group_cell = self._buffers
 
     def fill(
         self,
@@ -171,7 +170,7 @@ class PreparedRows:
         row's jackknife group, None without a jackknife.
         """
         rows = len(prediction_R)
-        self.cell, self.low, self.group_cell = self.cell[:rows], self.low[:rows], self.group_cell[:rows]
+        self.cell, self.low, self.group_cell = (b[:rows] for b in self._buffers)
         valid = bool(_prepare(prediction_R.view(np.uint32), label_R, self.cell, self.low))
         if not valid:
             return int(np.argmin((prediction_R >= 0) & (prediction_R <= 1) & ((label_R == 0) | (label_R == 1))))
