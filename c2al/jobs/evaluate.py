@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from c2al.config import Axis, EvaluateConfig, load_config, save_config, write_atomically
+from c2al.config import Axis, DataConfig, EvaluateConfig, load_config, save_config, write_atomically
 from c2al.errors import ConfigError
 from c2al.jobs import bootstrap
 from c2al.jobs.evaluation import VERSION, Estimate, Evaluation, Segment
@@ -27,6 +27,8 @@ MIN_USERS = 20.0
 percentiles over a handful of clusters cover too little."""
 MAX_UNDEFINED = 0.01
 """Nor when more than this share of the replicates lacks positives or negatives."""
+
+DEFAULT_NAMES = DataConfig()
 
 Float = NDArray[np.float64]
 
@@ -49,24 +51,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     runs = [tuple(pair) for pair in args.pair] if args.pair else [(args.scores,)]
-    evaluation = evaluate(runs, args.cohorts, config.axes, config.evaluate, config.seed, args.output)
+    evaluate(runs, args.cohorts, config.axes, config.evaluate, config.seed, args.output, config.data)
     save_config(config, args.output / "config.toml")
-    print(evaluation.table())
 
 
 def evaluate(
-    runs: Sequence[tuple[str, ...]],
+    runs: Sequence[tuple[str | Path, ...]],
     cohorts: Path | None,
     axes: Sequence[Axis],
     config: EvaluateConfig,
     seed: int,
     output: Path,
+    data: DataConfig = DEFAULT_NAMES,
 ) -> Evaluation:
-    """Evaluates score folders of the same rows and writes evaluation.json and evaluation.csv.
+    """Evaluates score folders of the same rows, writes evaluation.json and evaluation.csv, prints the table.
 
     runs: (baseline, c2al) for each seed, or one (scores,). cohorts: cohorts.json, which gives head,
     tail and the segments of every axis; without it the segments are the values of the categorical
-    `axes`. seed: of the bootstrap.
+    `axes`. seed: of the bootstrap. data: names the columns of row id, user id and label.
 
     Raises DataError when a folder is incomplete, a value is outside its contract or two runs are not
     scores of the same rows; CohortError when an axis does not fit the scores.
@@ -74,7 +76,7 @@ def evaluate(
     if len({len(run) for run in runs}) != 1 or len(runs[0]) not in (1, 2) or (len(runs[0]) == 1 and len(runs) > 1):
         raise ConfigError("evaluate: takes one scored run, or a pair of runs for each seed")
     # All baselines, then all C2ALs: a matrix of P runs of S seeds in row order.
-    scores = [open_scores(str(run[i])) for i in range(len(runs[0])) for run in runs]
+    scores = [open_scores(str(run[i]), data) for i in range(len(runs[0])) for run in runs]
     segments = Segments(cohorts, axes, scores[0])
     groups = len(segments.names)
 
@@ -115,6 +117,7 @@ def evaluate(
     )
     write_atomically(output / "evaluation.json", evaluation.to_json())
     write_atomically(output / "evaluation.csv", evaluation.to_csv())
+    print(evaluation.table())
     return evaluation
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from c2al.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
-from c2al.config import Axis
+from c2al.config import Axis, DataConfig
 from c2al.data.encode import hash64
 from c2al.data.schema import is_string
 from c2al.data.source import File, open_dataset
@@ -33,15 +33,6 @@ MAX_SEGMENTS = 4096
 
 Float = NDArray[np.float64]
 
-_SAME = ("row_id", "label", "weight")
-_COLUMNS: dict[str, Callable[[pa.DataType], bool]] = {
-    "row_id": pa.types.is_integer,
-    "user_id": lambda t: pa.types.is_integer(t) or is_string(t),
-    "label": pa.types.is_floating,
-    "weight": pa.types.is_floating,
-    "prediction": pa.types.is_floating,
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -49,6 +40,9 @@ class Scores:
 
     path: str
     files: tuple[File, ...]
+    row_id: str
+    """Name of the column, as `user_id`; label, weight and prediction are always called so."""
+    user_id: str
 
     @property
     def rows(self) -> int:
@@ -76,22 +70,27 @@ class Block:
         return Block(**{f.name: getattr(self, f.name)[order] for f in dataclasses.fields(self)})
 
 
-def open_scores(path: str) -> Scores:
+def open_scores(path: str, data: DataConfig) -> Scores:
     """The files of a folder written by `c2al score`, in the order of its rows.
 
     Raises DataError naming a folder that is not complete, or a column that is missing or of another type.
     """
-    files = open_dataset([path])
-    for file in files:
+    scores = Scores(path=path, files=open_dataset([path]), row_id=data.row_id, user_id=data.user_id)
+    kinds: dict[str, Callable[[pa.DataType], bool]] = {
+        scores.row_id: pa.types.is_integer,
+        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_string(kind),
+        **dict.fromkeys(("label", "weight", "prediction"), pa.types.is_floating),
+    }
+    for file in scores.files:
         marker = str(PurePosixPath(file.path).parent / "_complete.json")
         if not file.filesystem.get_file_info(marker).is_file:
             raise DataError(f"{path}: incomplete, it has no _complete.json; run `c2al score` again")
-        for column, fits in _COLUMNS.items():
+        for column, fits in kinds.items():
             if column not in file.schema.names:
                 raise DataError(f"{file.name}: column '{column}' is missing; is this a folder of `c2al score`?")
             if not fits(kind := file.schema.field(column).type):
                 raise DataError(f"{file.name}: column '{column}' is {kind}, which `c2al score` never writes there")
-    return Scores(path=path, files=files)
+    return scores
 
 
 class Segments:
@@ -141,8 +140,8 @@ def _need(columns: Sequence[str], axis: str, scores: Scores) -> None:
 def _categories(axis: Axis, scores: Scores) -> AxisCohorts:
     values: set[Any] = set()
     _need([axis.column], axis.name, scores)
-    for _, _, table in _tables(scores, [axis.column]):
-        values.update(pc.unique(table.column(axis.column)).to_pylist())
+    for piece in _row_groups(scores, [axis.column]):
+        values.update(pc.unique(piece.table.column(axis.column)).to_pylist())
         if len(values) > MAX_SEGMENTS:
             raise CohortError(f"axis '{axis.name}': column '{axis.column}' has more than {MAX_SEGMENTS} values")
     conditions = [Condition(column=axis.column, equals=v) for v in sorted(values - {None})]
@@ -154,8 +153,40 @@ def _categories(axis: Axis, scores: Scores) -> AxisCohorts:
     return AxisCohorts(name=axis.name, columns=(axis.column,), cohorts=tuple(cohorts))
 
 
-_Piece = tuple[str, int, pa.Table]
-"""(row group as messages name it, first row in it, rows)."""
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Consecutive rows of one row group of one run."""
+
+    scores: Scores
+    where: str
+    """The row group, as messages name it."""
+    start: int
+    """First row in it."""
+    table: pa.Table
+
+    def slice(self, start: int, stop: int) -> "_Piece":
+        return dataclasses.replace(self, start=self.start + start, table=self.table.slice(start, stop - start))
+
+    def column(self, name: str) -> NDArray[Any]:
+        """(N,) values. Raises DataError at a null."""
+        column = self.table.column(name)
+        if column.null_count:
+            raise DataError(f"{self.at(np.flatnonzero(column.is_null()))}: {name} is null")
+        values: NDArray[Any] = column.to_numpy()
+        return values
+
+    def valid(self, name: str, rule: Callable[[Float], NDArray[np.bool_]], text: str) -> Float:
+        """(N,) values in float64. Raises DataError at a value that does not fulfil `rule`, called `text`."""
+        values = self.column(name).astype(np.float64)
+        bad = np.flatnonzero(~rule(values))
+        if len(bad):
+            row_id = self.column(self.scores.row_id)[bad[0]]
+            raise DataError(f"{self.at(bad)}, row_id {row_id}: {name} {text}, is {values[bad[0]]}")
+        return values
+
+    def at(self, rows: NDArray[np.int64]) -> str:
+        """The first of these rows, as messages name it."""
+        return f"{self.where}, row {self.start + int(rows[0])}"
 
 
 def blocks(runs: Sequence[Scores], segments: Segments) -> Iterator[Block]:
@@ -169,39 +200,40 @@ def blocks(runs: Sequence[Scores], segments: Segments) -> Iterator[Block]:
             raise DataError(
                 f"{other.path}: {other.rows} rows, but {runs[0].path} has {runs[0].rows}; they score different data"
             )
-    own = [*_SAME, "prediction"]
-    streams = [_tables(run, own if i else [*own, "user_id", *segments.columns]) for i, run in enumerate(runs)]
+    streams = [
+        _row_groups(
+            run, [run.row_id, "label", "weight", "prediction", *([] if i else [run.user_id, *segments.columns])]
+        )
+        for i, run in enumerate(runs)
+    ]
     for pieces in _aligned(streams):
         first = pieces[0]
         for other_piece in pieces[1:]:
-            _check_same(first, other_piece)
-        label_N = _column(first, "label", lambda y: (y == 0) | (y == 1), "must be 0 or 1")
+            _check_same_rows(first, other_piece)
+        label_N = first.valid("label", lambda y: (y == 0) | (y == 1), "must be 0 or 1")
+        weight_N = first.valid("weight", lambda w: (w >= 0) & (w < math.inf), "must be finite and not negative")
         prediction_NJ = np.stack(
-            [_column(p, "prediction", lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]") for p in pieces], axis=1
+            [p.valid("prediction", lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]") for p in pieces], axis=1
         )
+        first.column(first.scores.user_id)  # refuses a null, which has no user to be resampled with
         clipped_NJ = np.clip(prediction_NJ, CLIP, 1 - CLIP)
         log_p_NJ, log_not_p_NJ = np.log(clipped_NJ), np.log1p(-clipped_NJ)
         yield Block(
-            user_N=hash64(first[2].column("user_id").combine_chunks()),
-            segment_NA=segments.of(first[2]),
+            user_N=hash64(first.table.column(first.scores.user_id).combine_chunks()),
+            segment_NA=segments.of(first.table),
             label_N=label_N.astype(np.uint8),
-            weight_N=_column(first, "weight", lambda w: (w >= 0) & (w < math.inf), "must be finite and not negative"),
+            weight_N=weight_N,
             loss_NJ=-np.where(label_N[:, None] == 1, log_p_NJ, log_not_p_NJ),
             prediction_NJ=prediction_NJ,
             bin_NJ=logit_bins(log_p_NJ - log_not_p_NJ),
         )
 
 
-def _tables(scores: Scores, columns: Sequence[str]) -> Iterator[_Piece]:
-    """Row groups in the order of the rows."""
+def _row_groups(scores: Scores, columns: Sequence[str]) -> Iterator[_Piece]:
     for file in scores.files:
         for i in range(len(file.row_group_rows)):
-            table = file.read(i, columns)
-            for column in _COLUMNS.keys() & set(columns):
-                if table.column(column).null_count:
-                    row = int(np.flatnonzero(table.column(column).is_null())[0])
-                    raise DataError(f"{file.where(i)}, row {row}: {column} is null")
-            yield file.where(i), 0, table
+            # An axis may lie on a column that is read anyway.
+            yield _Piece(scores, file.where(i), 0, file.read(i, list(dict.fromkeys(columns))))
 
 
 def _aligned(streams: Sequence[Iterator[_Piece]]) -> Iterator[list[_Piece]]:
@@ -209,30 +241,21 @@ def _aligned(streams: Sequence[Iterator[_Piece]]) -> Iterator[list[_Piece]]:
     heads = [next(stream, None) for stream in streams]
     while all(heads):
         pieces = [head for head in heads if head is not None]
-        size = min(BLOCK, *(table.num_rows for _, _, table in pieces))
-        yield [(where, start, table.slice(0, size)) for where, start, table in pieces]
-        for i, (where, start, table) in enumerate(pieces):
-            heads[i] = (where, start + size, table.slice(size)) if table.num_rows > size else next(streams[i], None)
+        size = min(BLOCK, *(p.table.num_rows for p in pieces))
+        yield [p.slice(0, size) for p in pieces]
+        for i, p in enumerate(pieces):
+            rows = p.table.num_rows
+            heads[i] = p.slice(size, rows) if rows > size else next(streams[i], None)
 
 
-def _column(piece: _Piece, column: str, valid: Callable[[Float], NDArray[np.bool_]], rule: str) -> Float:
-    where, start, table = piece
-    values: Float = table.column(column).to_numpy().astype(np.float64)
-    bad = np.flatnonzero(~valid(values))
-    if len(bad):
-        i = int(bad[0])
-        row_id = table.column("row_id")[i]
-        raise DataError(f"{where}, row {start + i}, row_id {row_id}: {column} {rule}, is {values[i]}")
-    return values
-
-
-def _check_same(first: _Piece, other: _Piece) -> None:
-    for column in _SAME:
-        a, b = (table.column(column).to_numpy() for _, _, table in (first, other))
+def _check_same_rows(first: _Piece, other: _Piece) -> None:
+    for name in (first.scores.row_id, "label", "weight"):
+        a, b = first.column(name), other.column(name)
         different = np.flatnonzero(a != b)
         if len(different):
-            i = int(different[0])
+            i = different[0]
             raise DataError(
-                f"{other[0]}, row {other[1] + i}: {column} is {b[i]}, but {first[0]}, row {first[1] + i} "
-                f"(row_id {first[2].column('row_id')[i]}) has {a[i]}; the runs must score the same rows in one order"
+                f"{other.at(different)}: {name} is {b[i]}, but {first.at(different)} "
+                f"(row_id {first.column(first.scores.row_id)[i]}) has {a[i]}; "
+                "the runs must score the same rows in one order"
             )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from c2al.config import Axis, EvaluateConfig, dump_config, load_config, parse_config
+from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_config, parse_config
 from c2al.data.encode import hash64
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.jobs import evaluate as job
@@ -324,6 +324,18 @@ def test_other_inputs_that_cannot_be_evaluated(tmp_path: Path):
     (tmp_path / "whole" / "_complete.json").unlink()
     with pytest.raises(DataError, match="whole: incomplete"):
         evaluate([(whole,)], None, (), SMALL, 0, tmp_path / "out")
+
+
+def test_columns_under_configured_names_and_an_axis_of_users(tmp_path: Path):
+    data = impressions()
+    p = predictions(data, 0)
+    plain = evaluate([(write(tmp_path / "0", data, p),)], None, (), SMALL, 0, tmp_path / "out")
+    data["who"], data["impression"] = data.pop("user_id"), data.pop("row_id")
+    axes = (Axis(name="user", column="who"),)
+    names = DataConfig(user_id="who", row_id="impression")
+    got = evaluate([(write(tmp_path / "1", data, p),)], None, axes, SMALL, 0, tmp_path / "out", names)
+    assert got.segments[0] == plain.segments[0]
+    assert len(got.segments) == 1 + len(np.unique(data["who"]))
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
