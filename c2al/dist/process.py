@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from c2al import errors
 from c2al.config import DistConfig
-from c2al.errors import BackendError, C2ALError, TrainingError
+from c2al.errors import BackendError, C2ALError, ConfigError, TrainingError
 
 T = TypeVar("T")
 
@@ -91,7 +91,8 @@ def process_group(config: DistConfig) -> Iterator[World]:
     gloo on CPU, nccl on CUDA. A group the caller already initialised is adopted and left alone.
 
     Raises BackendError when CUDA is asked for and absent, TrainingError when a rank does not arrive
-    within `timeout_seconds` or the rendezvous address cannot be used.
+    within `timeout_seconds`, the rendezvous address cannot be used, or a collective inside the block
+    fails because a rank is gone or silent.
     """
     _hush_the_stack()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -104,7 +105,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
         size = dist.get_world_size()
         local_size = config.local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
         if size % local_size:
-            raise BackendError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks a host")
+            raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks a host")
         # TorchRec reads the host's size from the environment wherever it splits rows within a host;
         # the plan and the runtime must mean the same number.
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
@@ -119,6 +120,13 @@ def process_group(config: DistConfig) -> Iterator[World]:
             timeout=timeout,
             control=cast(dist.ProcessGroup, control),
         )
+    except RuntimeError as e:
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            raise TrainingError(
+                f"rank {dist.get_rank()}: a collective failed, another rank is gone or was silent for "
+                f"{timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
+            ) from e
+        raise
     finally:
         if not adopted:
             dist.destroy_process_group()

@@ -198,7 +198,7 @@ def plan_table(dmp: DistributedModelParallel) -> str:
     sizes = {t.name: (t.num_embeddings, t.embedding_dim) for t in _configs(dmp)}
     plan, size, local_size = plan_of(dmp), torch.distributed.get_world_size(), get_local_size()
     load = [0] * size
-    lines = [("table", "rows x dim", "sharding", "kernel", "ranks", "MiB")]
+    lines = [("table", "rows x dim", "sharding", "kernel", "ranks", "bytes")]
     for name, chosen in plan.items():
         rows, dim = sizes[name]
         total = 0
@@ -211,10 +211,10 @@ def plan_table(dmp: DistributedModelParallel) -> str:
             load = [b + _bytes(rows, dim) for b in load]
         kernel = "dense" if chosen.sharding == DATA_PARALLEL else "fused"
         ranks = "all" if chosen.sharding == DATA_PARALLEL else ",".join(map(str, chosen.ranks))
-        lines.append((name, f"{rows} x {dim}", chosen.sharding, kernel, ranks, f"{total / 2**20:.2f}"))
+        lines.append((name, f"{rows} x {dim}", chosen.sharding, kernel, ranks, f"{total:,}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += [f"rank {rank}: {stored / 2**20:.2f} MiB" for rank, stored in enumerate(load)]
+    text += [f"rank {rank}: {stored:,} bytes" for rank, stored in enumerate(load)]
     return "\n".join(text)
 
 
