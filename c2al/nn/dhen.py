@@ -28,12 +28,10 @@ class DHENLayer(nn.Module):
         for name in config.interactions:
             interaction = _interaction(name, config, fields)
             produced += interaction.out_fields
-            keep = concat or interaction.out_fields == self.out_fields
-            self.interactions[name] = (
-                interaction
-                if keep
-                else nn.Sequential(interaction, FieldLinear(interaction.out_fields, self.out_fields))
-            )
+            module: nn.Module = interaction
+            if not concat and interaction.out_fields != self.out_fields:
+                module = nn.Sequential(interaction, FieldLinear(interaction.out_fields, self.out_fields))
+            self.interactions[name] = module
         self.concat = FieldLinear(produced, self.out_fields) if concat else None
         self.shortcut = nn.Identity() if config.shortcut == "identity" else FieldLinear(fields, self.out_fields)
         self.norm = nn.LayerNorm(dim, NORM_EPS) if config.norm == "layer" else nn.RMSNorm(dim, NORM_EPS)

@@ -98,13 +98,14 @@ def _forward_op(
     x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, T, rstd): T = A^T Y, saved by eager only; rstd of the rows, with norm_eps only; else size 0."""
-    return _eager.forward(_matrix(x_BMD, layout), y, norm_eps)
+    return _eager.forward(x_BMD, y, layout == "paper", norm_eps)
 
 
 @_forward_op.register_fake
 def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
-    a_BPQ, k = _matrix(x_BMD, layout), y.shape[-1]
-    batch, p, q = a_BPQ.shape
+    batch, fields, dim = x_BMD.shape
+    p, q = (dim, fields) if layout == "paper" else (fields, dim)
+    k = y.shape[-1]
     t_BQK = x_BMD.new_empty(0 if triton else (batch, q, k))
     stats = torch.promote_types(x_BMD.dtype, torch.float32)
     rstd_BP = x_BMD.new_empty(0 if norm_eps is None else (batch, p), dtype=stats)
@@ -125,9 +126,7 @@ def _backward_op(
     """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
     if out_BPK is not None:
         grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    dx_BMD = torch.empty_like(x_BMD, memory_format=torch.contiguous_format)
-    dy = _eager.backward(grad_BPK, _matrix(x_BMD, layout), y, t_BQK, da_BPQ=_matrix(dx_BMD, layout))
-    return dx_BMD, dy
+    return _eager.backward(grad_BPK, x_BMD, y, t_BQK, layout == "paper")
 
 
 @_backward_op.register_fake
@@ -171,8 +170,3 @@ def _forward_flops(x_shape, y_shape, *args, out_shape=None, **kwargs):  # type: 
 def _backward_flops(grad_shape, x_shape, y_shape, t_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
     recomputed = len(t_shape) == 1
     return (10 if recomputed else 8) * math.prod(x_shape) * y_shape[-1]
-
-
-def _matrix(x_BMD: Tensor, layout: str) -> Tensor:
-    """A of every sample, (B, p, q), a view."""
-    return x_BMD.transpose(1, 2) if layout == "paper" else x_BMD

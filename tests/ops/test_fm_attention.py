@@ -1,0 +1,261 @@
+"""fm_attention on the CPU against its formula, written again here in float64.
+
+Tolerances. float64 compares to 1e-12. float32: relative Frobenius error 1e-6, sums of a few hundred
+products at 6e-8 each. bfloat16 (unit roundoff 2^-9): T or S and the result are each rounded once,
+so an element errs by at most 2^-8 of its product of absolute values, 1.1x for the accumulation, and
+the independent errors average to well under 4e-3 in relative Frobenius norm.
+"""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from c2al.errors import BackendError, OperandError
+from c2al.ops.fm_attention import fm_attention
+
+SIZES = {  # B, M, D, K
+    "odd": (3, 5, 7, 3),
+    "one field": (4, 1, 6, 2),
+    "one column": (4, 6, 5, 1),
+    "one row": (1, 9, 4, 2),
+    "one dim": (2, 3, 1, 2),
+    "all one": (1, 1, 1, 1),
+    "wide": (2, 33, 20, 17),
+    "empty": (0, 5, 7, 3),
+}
+LAYOUTS = ("paper", "wukong")
+
+
+def reference(x, y, layout, norm_eps=None):
+    """Eq. 3 by its Gram matrix, the order the product never takes; then LayerNorm by its definition."""
+    x, y = x.double(), y.double()
+    gram = torch.einsum("bmi,bmj->bij", x, x) if layout == "paper" else torch.einsum("bmd,bnd->bmn", x, x)
+    g = torch.einsum("bij,bjk->bik", gram, y) if y.dim() == 3 else torch.einsum("bij,jk->bik", gram, y)
+    if norm_eps is None:
+        return g
+    variance = ((g - g.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
+    return (g - g.mean(-1, keepdim=True)) / (variance + norm_eps).sqrt()
+
+
+def operands(size, layout, shared, dtype=torch.float64, seed=0):
+    batch, m, d, k = size
+    generator = torch.Generator().manual_seed(seed)
+    p = d if layout == "paper" else m
+    x = torch.randn(batch, m, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    shape = (p, k) if shared else (batch, p, k)
+    y = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    grad = torch.randn(batch, p, k, generator=generator, dtype=torch.float64).to(dtype)
+    return x, y, grad
+
+
+def run(function, x, y, grad):
+    """[out, dx, dy] of `function` from fresh leaves, so that calls do not share gradients."""
+    x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
+    out = function(x, y)
+    return [out.detach(), *torch.autograd.grad(out, (x, y), grad.to(out.dtype))]
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+def test_output_and_every_gradient_match_the_formula(size, layout, shared, norm_eps):
+    x, y, grad = operands(size, layout, shared)
+    actual = run(lambda x, y: fm_attention(x, y, layout=layout, norm_eps=norm_eps), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, layout, norm_eps), x, y, grad)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout, shared):
+    x, y, _ = operands((2, 4, 3, 3), layout, shared)
+    for norm_eps in (None, 0.1):
+        assert torch.autograd.gradcheck(lambda x, y, e=norm_eps: fm_attention(x, y, layout=layout, norm_eps=e), (x, y))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_stays_within_its_bound(dtype, layout, shared):
+    x, y, grad = operands((16, 24, 40, 8), layout, shared, dtype)
+    actual = run(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, layout), x.double(), y.double(), grad)
+    magnitude = run(lambda x, y: reference(x, y, layout), x.double().abs(), y.double().abs(), grad.abs())
+    frobenius, elementwise = (1e-6, 1e-6) if dtype == torch.float32 else (4e-3, 1.1 * 2**-8)
+    for a, e, bound in zip(actual, expected, magnitude, strict=True):
+        assert a.dtype == dtype
+        assert relative(a, e) <= frobenius
+        assert ((a.double() - e).abs() <= elementwise * bound).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm_in_bfloat16_is_no_worse_than_the_plain_chain(layout):
+    """The saved output is rounded, which LayerNorm's gradient sees: judged against torch's own layers."""
+    x, y, grad = operands((64, 24, 40, 8), layout, False, torch.bfloat16)
+
+    def chain(x, y):
+        a = x.mT if layout == "paper" else x
+        return torch.nn.functional.layer_norm(a @ (a.mT @ y), y.shape[-1:], eps=1e-5)
+
+    actual = run(lambda x, y: fm_attention(x, y, layout=layout, norm_eps=1e-5), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, layout, 1e-5), x.double(), y.double(), grad)
+    plain = run(chain, x, y, grad)
+    for a, e, c in zip(actual, expected, plain, strict=True):
+        assert relative(a, e) <= 1.2 * relative(c, e)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_operands_need_no_copy_by_the_caller(layout, shared):
+    x, y, grad = operands((4, 6, 5, 3), layout, shared)
+    expected = run(lambda x, y: reference(x, y, layout), x, y, grad)
+    views = {
+        "slice of wider rows": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        "transposed storage": lambda t: t.mT.contiguous().mT,
+        "every second": lambda t: t.repeat_interleave(2, 0)[::2],
+    }
+    for view in views.values():
+        assert not view(x).is_contiguous()
+        actual = run(lambda x, y, v=view: fm_attention(v(x), v(y), layout=layout), x, y, grad)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+    actual = run(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad.mT.contiguous().mT)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_of_one_operand_alone():
+    x, y, grad = operands((3, 5, 7, 3), "paper", False)
+    _, dx, dy = run(lambda x, y: reference(x, y, "paper"), x, y, grad)
+    torch.testing.assert_close(torch.autograd.grad(fm_attention(x, y.detach(), layout="paper"), x, grad)[0], dx)
+    torch.testing.assert_close(torch.autograd.grad(fm_attention(x.detach(), y, layout="paper"), y, grad)[0], dy)
+
+
+def test_second_derivative_is_refused():
+    x, y, grad = operands((2, 3, 4, 2), "paper", False)
+    (dx,) = torch.autograd.grad(fm_attention(x, y, layout="paper"), x, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout, shared, norm_eps):
+    x, y, grad = operands((3, 5, 7, 3), layout, shared, torch.float32)
+    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, layout, norm_eps, False))
+    with torch.no_grad():
+        out, t, rstd = torch.ops.c2al.fm_attention(x, y, layout, norm_eps, False)
+        saved = (t, out if norm_eps else None, rstd)
+        torch.library.opcheck(
+            torch.ops.c2al.fm_attention_backward.default, (grad, x.detach(), y.detach(), *saved, layout, False)
+        )
+
+
+def test_compiled_training_is_one_graph_and_equal():
+    x, y, grad = operands((6, 5, 8, 4), "paper", False, torch.float32)
+
+    def step(x, y):
+        return fm_attention(x * 2, y.tanh(), layout="paper", norm_eps=1e-5).relu()
+
+    actual = run(torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager"), x, y, grad)
+    torch.testing.assert_close(actual, run(step, x, y, grad), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_is_equal():
+    x, y, grad = operands((6, 5, 8, 4), "paper", False, torch.float32)
+
+    def step(x, y):
+        return fm_attention(x * 2, y.tanh(), layout="paper", norm_eps=1e-5).relu()
+
+    actual = run(torch.compile(step, fullgraph=True), x, y, grad)
+    torch.testing.assert_close(actual, run(step, x, y, grad), rtol=1e-5, atol=1e-5)
+
+
+def test_exported_with_a_dynamic_batch():
+    class Attend(torch.nn.Module):
+        def forward(self, x, y):
+            return fm_attention(x, y, layout="wukong", norm_eps=1e-3)
+
+    x, y, _ = operands((4, 5, 7, 3), "wukong", False, torch.float32)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Attend(), (x.detach(), y.detach()), dynamic_shapes=({0: batch}, {0: batch}))
+    for size in (2, 9):
+        x, y, _ = operands((size, 5, 7, 3), "wukong", False, torch.float32)
+        torch.testing.assert_close(program.module()(x, y), Attend()(x, y), rtol=0, atol=0)
+
+
+def test_autocast_casts_both_operands_and_gradients_keep_their_dtype():
+    x, y, _ = operands((4, 5, 7, 3), "paper", False, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fm_attention(x, y.detach().bfloat16().requires_grad_(), layout="paper")
+        mixed = fm_attention(x.double(), y.double(), layout="paper")
+    assert out.dtype == torch.bfloat16
+    assert mixed.dtype == torch.float64
+    torch.testing.assert_close(out, fm_attention(x.bfloat16(), y.bfloat16(), layout="paper"), rtol=0, atol=0)
+    assert torch.autograd.grad(out.float().sum(), x)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flops_are_counted(layout):
+    batch, m, d, k = 3, 5, 7, 2
+    x, y, grad = operands((batch, m, d, k), layout, False)
+    with FlopCounterMode(display=False) as forward:
+        out = fm_attention(x, y, layout=layout)
+    with FlopCounterMode(display=False) as backward:
+        out.backward(grad)
+    assert forward.get_total_flops() == 4 * batch * m * d * k
+    assert backward.get_total_flops() == 8 * batch * m * d * k
+
+
+def test_gram_matrix_is_not_formed():
+    """With p much longer than q and K, the Gram order would allocate p x p a sample."""
+    x, y, _ = operands((1, 2, 4096, 2), "paper", False, torch.float32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fm_attention(x, y, layout="paper")
+    largest = max(e.cpu_memory_usage for e in profile.events())
+    assert 0 < largest < 4 * 4096 * 64
+
+
+BAD = {
+    "x of rank 2": ({"x": (5, 7)}, r"x must be \(B, M, D\)"),
+    "y of rank 1": ({"y": (7,)}, r"\(p, K\)"),
+    "y of the other layout": ({"y": (3, 5, 2)}, r"y must be \(3, 7, K\)"),
+    "y of another batch": ({"y": (4, 7, 2)}, r"y must be \(3, 7, K\)"),
+    "no columns": ({"y": (3, 7, 0)}, "only the batch may be empty"),
+    "no fields": ({"x": (3, 0, 7)}, "only the batch may be empty"),
+    "mixed dtypes": ({"y_dtype": torch.float64}, r"x is torch.float32, y is torch.float64"),
+    "integers": ({"x_dtype": torch.int64, "y_dtype": torch.int64}, "floating dtype"),
+    "mixed devices": ({"y_device": "meta"}, "x is on cpu, y on meta"),
+    "unknown layout": ({"layout": "papr"}, "'papr' is none of 'paper', 'wukong'"),
+    "unknown backend": ({"backend": "cuda"}, "'cuda' is none of"),
+    "norm_eps of 0": ({"norm_eps": 0.0}, "must be positive, is 0.0"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_operands_that_do_not_fit_are_named(change, message):
+    given = {
+        "x": (3, 5, 7),
+        "y": (3, 7, 2),
+        "x_dtype": torch.float32,
+        "y_dtype": torch.float32,
+        "y_device": "cpu",
+    } | change
+    x = torch.zeros(given.pop("x"), dtype=given.pop("x_dtype"))
+    y = torch.zeros(given.pop("y"), dtype=given.pop("y_dtype"), device=given.pop("y_device"))
+    with pytest.raises(OperandError, match=message):
+        fm_attention(x, y, **{"layout": "paper", **given})
+
+
+def test_triton_on_the_cpu_is_refused():
+    x, y, _ = operands((3, 5, 7, 3), "paper", False, torch.float32)
+    with pytest.raises(BackendError, match=r"backend='triton'.*cpu"):
+        fm_attention(x, y, layout="paper", backend="triton")
