@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(str(files("launch") / CONFIG), [*splits, *overrides])
     with process_group(config.dist) as world:
         if world.rank == 0 and not data.exists():
-            synthesise(data, rows=args.rows, seed=config.seed)
+            synthesise(SynthConfig(rows=args.rows, seed=config.seed), data)
         world.barrier()
         report = experiment(config, args.output, world, command=shlex.join(["c2al", *sys.argv[1:]]))
         if world.rank == 0:

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Serving(nn.Module):
 
 def export(
     run_path: Path, data: Sequence[str], output: Path, world: World, checkpoint: Path | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Writes the artifact and returns its proof.
 
     Raises ConfigError when `output` exists or the world has more than one rank, CheckpointError
@@ -137,7 +138,7 @@ def _arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 def _prove(
     artifact: Path, training: C2ALModel, seen: list[Batch], batches: object, checkpoint: Path
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Reloads the artifact and compares it, on every held-out row, with the training model."""
     program = torch.export.load(artifact)
     module, rows = program.module(), 0

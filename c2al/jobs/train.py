@@ -154,7 +154,7 @@ class Trainer:
         )
 
     def _batches(self, done: int, last: int) -> Iterator[Batch]:
-        """The batches after step `done` up to step `last`, over the ends of epochs: the pipeline runs on through them."""
+        """The batches after step `done` up to step `last`; the pipeline runs on through the ends of epochs."""
         epoch, start = divmod(done, self.steps_per_epoch)
         readers = itertools.chain(
             [self._reader(epoch, start)], (self._reader(e) for e in range(epoch + 1, self.config.train.epochs))
