@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from fbgemm_gpu.tbe.config.optimizer_config import WeightDecayMode
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
@@ -152,7 +153,7 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
     if world.rank == 0:
         try:
             plan = _read_plan(Path(config.dist.plan)) if config.dist.plan else _choose(model, config, world)
-            _validate(plan, tables, config.dist, world)
+            _validate(plan, tables, config, world)
         except Exception as e:  # whatever it is, the other ranks must not be left waiting for the plan
             error = e
     world.agree(error)
@@ -163,7 +164,12 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
         _apply_optimizer_in_backward(
             RowWiseAdagrad,
             ebc.parameters(),
-            {"lr": optimizer.sparse_lr, "eps": optimizer.sparse_eps, "weight_decay": optimizer.sparse_weight_decay},
+            {
+                "lr": optimizer.sparse_lr,
+                "eps": optimizer.sparse_eps,
+                "weight_decay": optimizer.sparse_weight_decay,
+                "weight_decay_mode": WeightDecayMode.L2,
+            },
         )
     dmp = DistributedModelParallel(
         model,
@@ -386,9 +392,9 @@ def _read_plan(path: Path) -> Plan:
         ) from e
 
 
-def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: DistConfig, world: World) -> None:
+def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: World) -> None:
     """Raises PlanError naming every table that the plan does not suit."""
-    source = config.plan or "the planner"
+    source = config.dist.plan or "the planner"
     problems = [f"table '{name}' is in the plan, not in the model" for name in plan.keys() - tables.keys()]
     problems += [f"table '{name}' is in the model, not in the plan" for name in tables.keys() - plan.keys()]
     for name in tables.keys() & plan.keys():
@@ -398,12 +404,17 @@ def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: Dist
         if plan[name].sharding == GRID and tables[name].pooling is PoolingType.MEAN:
             # TorchRec pools row blocks by sum and divides later, but forgets to for grid_shard.
             problems.append(f"table '{name}': grid_shard would silently pool by sum instead of mean")
-    cpu, comms = world.device.type == "cpu", {config.forward_comm, config.backward_comm}
+    cpu, comms = world.device.type == "cpu", {config.dist.forward_comm, config.dist.backward_comm}
     if cpu and "bf16" in comms:
         problems.append("bf16 communication would silently become fp16 on CPU; ask for fp16 or fp32")
     if cpu and "int8" in comms:
         for name in sorted(n for n, p in plan.items() if p.sharding in ROW_SPLIT):
             problems.append(f"table '{name}': int8 communication does not work with {plan[name].sharding} on CPU")
+    if cpu and config.train.optimizer.sparse_weight_decay:
+        for name in sorted(n for n, p in plan.items() if p.sharding != DATA_PARALLEL):
+            problems.append(
+                f"table '{name}': the fused CPU kernel silently ignores train.optimizer.sparse_weight_decay"
+            )
     if problems:
         raise PlanError("\n".join(f"{source}: {p}" for p in sorted(problems)))
 
