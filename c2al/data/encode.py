@@ -263,7 +263,7 @@ def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
     """(V,) 64-bit hash that no version, platform or process changes.
 
     Integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection. Strings:
-    SipHash-2-4 of the UTF-8 bytes under pandas' fixed default key.
+    SipHash-2-4 of the UTF-8 bytes under pandas' fixed default key, through the same finaliser.
     """
     if is_string(values.type):
         hashes: npt.NDArray[np.uint64] = pd.util.hash_array(np.asarray(values, dtype=object), categorize=False)

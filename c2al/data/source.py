@@ -1,6 +1,7 @@
 """Parquet files behind any pyarrow filesystem, opened by footer and read a row group at a time."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -62,7 +63,7 @@ def open_dataset(paths: Iterable[str]) -> tuple[File, ...]:
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         files = tuple(pool.map(lambda name: _open(name, *found[name]), sorted(found)))
     if not any(sum(f.row_group_rows) for f in files):
-        raise DataError(f"{', '.join(paths)}: {len(files)} Parquet file(s) hold 0 rows")
+        raise DataError(f"{', '.join(map(_shown, paths))}: {len(files)} Parquet file(s) hold 0 rows")
     return files
 
 
@@ -88,7 +89,7 @@ def _expand(path: str) -> list[tuple[str, pafs.FileSystem, str]]:
         else:
             info = fs.get_file_info(inner)
             if info.type == pafs.FileType.NotFound:
-                raise DataError(f"{path}: no such file or folder")
+                raise DataError(f"{_shown(path)}: no such file or folder")
             if info.is_file:
                 names = [inner]
             else:
@@ -101,11 +102,16 @@ def _expand(path: str) -> list[tuple[str, pafs.FileSystem, str]]:
                     and not any(part[0] in "_." for part in PurePosixPath(child.path).parts[depth:])
                 ]
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{path}: cannot be listed: {e}") from e
+        raise DataError(f"{_shown(path)}: cannot be listed: {e}") from e
     if not names:
-        raise DataError(f"{path}: no Parquet file there")
+        raise DataError(f"{_shown(path)}: no Parquet file there")
     local = isinstance(fs, pafs.LocalFileSystem)
     return [(name if local else f"{fs.type_name}://{name}", fs, name) for name in names]
+
+
+def _shown(path: str) -> str:
+    """The path without the credentials a URI may carry."""
+    return re.sub(r"://[^/@]*@", "://", path)
 
 
 def _open(name: str, fs: pafs.FileSystem, path: str) -> File:

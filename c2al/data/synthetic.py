@@ -241,7 +241,8 @@ def _table(
 def _bags(rng: np.random.Generator, count: int, longest: int, topic_TR: Floats) -> tuple[tuple[Ints, Ints], Floats]:
     """`count` sets of 1..longest topics as (values, offsets), and the mean latent vector of each, of unit scale."""
     lengths = rng.integers(1, longest + 1, size=count)
-    chosen = np.argsort(rng.random((count, TOPICS)), axis=1)[:, :longest]
+    blocks = [min(CHUNK_ROWS, count - at) for at in range(0, count, CHUNK_ROWS)]
+    chosen = np.concatenate([np.argsort(rng.random((n, TOPICS)), axis=1)[:, :longest] for n in blocks])
     kept = np.arange(longest) < lengths[:, None]
     mean_CR = (topic_TR[chosen] * kept[:, :, None]).sum(axis=1) / np.sqrt(lengths)[:, None]
     return (chosen[kept], offsets_of(lengths)), mean_CR / np.sqrt(LATENT)

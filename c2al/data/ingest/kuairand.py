@@ -143,9 +143,9 @@ def _past(log: pd.DataFrame, videos: pd.DataFrame, history: pd.DataFrame) -> dic
     watcher, watched = events["watch"]
     longs = np.isin(_pair(watcher, watched), _pair(*events["long_watch"])).astype(np.float64)
     likes = np.isin(_pair(watcher, watched), _pair(*events["like"])).astype(np.float64)
-    watched_tag = first_tag.reindex(watched, fill_value=-1).to_numpy(np.int64)
+    watched_tag = np.asarray(first_tag.reindex(watched, fill_value=-1), dtype=np.int64)
     user_tag, watched_user_tag = (
-        _pair(user, first_tag.reindex(video).to_numpy().astype(np.int64)),
+        _pair(user, np.asarray(first_tag.reindex(video), dtype=np.int64)),
         _pair(watcher, watched_tag),
     )
 
