@@ -45,7 +45,9 @@ def write(folder, sizes, start=0, rows_a_group=None):
 
 
 def reader(paths, data=DATA, **changes):
-    options = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 5, "shuffle": True, "shards": 8} | {"carry": ("row_id",)}
+    options = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 5, "shuffle": True, "shards": 8} | {
+        "carry": ("row_id",)
+    }
     return BatchReader(paths, data, NO_STATISTICS, **{**options, **changes})
 
 

@@ -40,7 +40,7 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
     with new_folder(output) as folder:
         writer = SplitWriter(folder)
         row = 0
-        for table in read_delimited(source, _TYPES):
+        for table in read_delimited(source, _TYPES, required=_TYPES):
             time = table["hour"]
             day_N = pc.divide(time, 100).to_numpy(zero_copy_only=False)
             device = table["device_id"]

@@ -39,7 +39,9 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
         row = 0
         for file in files:
             in_file = 0
-            for table in read_delimited(file, _TYPES, names=list(_TYPES), delimiter="\t", quoted=False):
+            for table in read_delimited(
+                file, _TYPES, required=["label"], names=list(_TYPES), delimiter="\t", quoted=False
+            ):
                 row_id = pa.array(np.arange(row, row + table.num_rows))
                 table = table.add_column(0, "row_id", row_id).add_column(1, "user_id", row_id)
                 train = lines - held_out if file == files[-1] else in_file + table.num_rows

@@ -249,9 +249,9 @@ def _read_csv(source: Path, label: str) -> Tables:
     if not logs:
         raise DataError(f"{source}: neither interactions.parquet nor log_standard_*_pure.csv is there")
     types = {**_LOG, label: _int, "long_view": _int, "is_like": _int}
-    log = pa.concat_tables([read_whole(path, types) for path in logs]).to_pandas()
-    users = read_whole(source / "user_features_pure.csv", _USERS).to_pandas()
-    videos = read_whole(source / "video_features_basic_pure.csv", _VIDEOS).to_pandas()
+    log = pa.concat_tables([read_whole(path, types, types) for path in logs]).to_pandas()
+    users = read_whole(source / "user_features_pure.csv", _USERS, ["user_id"]).to_pandas()
+    videos = read_whole(source / "video_features_basic_pure.csv", _VIDEOS, ["video_id", "upload_dt"]).to_pandas()
     past = log[log["date"] < FIRST_DAY].sort_values(["user_id", "date", "time_ms"], kind="stable")
     history = pd.DataFrame({"impressions": past.groupby("user_id").size()})
     events = {"watch": past, "like": past[past["is_like"] == 1], "long_watch": past[past["long_view"] == 1]}

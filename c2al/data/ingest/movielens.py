@@ -73,6 +73,8 @@ def _read(path: Path, types: dict[str, pa.DataType]) -> pd.DataFrame:
         raise DataError(f"{path}: cannot be read: {e}") from e
     # No field holds a tab, and the CSV reader takes one character as delimiter.
     content = text.replace("::", "\t").encode()
-    tables = list(read_delimited(path, types, names=list(types), delimiter="\t", quoted=False, content=content))
+    tables = list(
+        read_delimited(path, types, required=types, names=list(types), delimiter="\t", quoted=False, content=content)
+    )
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     return frame

@@ -1,6 +1,6 @@
 """Delimited text in blocks, where a malformed line is an error that names the line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,19 +15,21 @@ def read_delimited(
     path: Path,
     types: Mapping[str, pa.DataType],
     *,
+    required: Collection[str],
     names: Sequence[str] | None = None,
     delimiter: str = ",",
     quoted: bool = True,
     content: bytes | None = None,
 ) -> Iterator[pa.Table]:
-    """Blocks of a text file with exactly the columns of `types`, typed; an empty field is null.
+    """Blocks of a text file with exactly the columns of `types`, typed; an empty field is null,
+    and an error in the `required` columns.
 
     `names` are the columns of a file without a header line; `quoted` allows "..." around a field.
     A path ending in .gz is decompressed. `content` stands for the file's bytes where they had to
     be rewritten, line by line. Memory is a block.
 
     Raises DataError naming file, line (counted from 1) and value: a line with another number of
-    fields, a value not of its type; or naming the file and the missing header column.
+    fields, a value not of its type, a required one that is empty; or naming the file and the missing header column.
     """
     bad_lines: list[str] = []
 
@@ -59,6 +61,10 @@ def read_delimited(
         )
         for batch in reader:
             table = pa.Table.from_batches([batch])
+            for column in required:
+                if table[column].null_count:
+                    at = table[column].is_null().index(True).as_py()
+                    raise DataError(f"{path}, line {first_line + at}: column '{column}' is empty")
             yield pa.table({c: _typed(table[c], kind, c, path, first_line) for c, kind in types.items()})
             first_line += batch.num_rows
     except KeyError as e:
@@ -67,9 +73,9 @@ def read_delimited(
         raise DataError(f"{path}, {bad_lines[0]}" if bad_lines else f"{path}: cannot be read: {e}") from e
 
 
-def read_whole(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
+def read_whole(path: Path, types: Mapping[str, pa.DataType], required: Collection[str]) -> pa.Table:
     """A comma-separated file with a header, as one table. Raises DataError as `read_delimited`."""
-    return pa.concat_tables(read_delimited(path, types))
+    return pa.concat_tables(read_delimited(path, types, required=required))
 
 
 def _typed(column: pa.ChunkedArray, kind: pa.DataType, name: str, path: Path, first_line: int) -> pa.ChunkedArray:
