@@ -102,21 +102,21 @@ class Evaluation:
         ]
         if paired:
             columns += [
-                ("NE baseline", lambda s: _number(s.estimates["baseline.ne"], "{:.5f}")),
+                ("NE base", lambda s: _number(s.estimates["baseline.ne"], "{:.5f}")),
                 ("NE C2AL", lambda s: _number(s.estimates["c2al.ne"], "{:.5f}")),
                 ("NE_diff", lambda s: _number(s.estimates["ne_diff"], "{:+.3%}")),
                 (f"{self.confidence:.0%} interval", lambda s: _interval(s.estimates["ne_diff"], "{:+.3%}")),
             ]
             if len(self.runs) > 1:
                 columns.append(("seed sd", lambda s: _text(s.estimates["ne_diff"].seed_std, "{:.3%}")))
-            groups = [("baseline.", " baseline"), ("c2al.", " C2AL")]
+            groups = [("baseline.", " base"), ("c2al.", " C2AL")]
         else:
             columns += [
                 ("NE", lambda s: _number(s.estimates["ne"], "{:.5f}")),
                 (f"{self.confidence:.0%} interval", lambda s: _interval(s.estimates["ne"], "{:.5f}")),
             ]
             groups = [("", "")]
-        for metric, title in (("calibration", "calibration"), ("auc", "AUC")):
+        for metric, title in (("calibration", "cal."), ("auc", "AUC")):
             for prefix, suffix in groups:
                 columns.append((title + suffix, lambda s, n=prefix + metric: _number(s.estimates[n], "{:.4f}")))  # type: ignore[misc]
         rows = [[title for title, _ in columns]] + [[cell(s) for _, cell in columns] for s in self.segments]
@@ -153,11 +153,11 @@ def _text(value: float | None, form: str) -> str:
 
 
 def _number(estimate: Estimate, form: str) -> str:
-    return f"undefined: {estimate.reason}" if estimate.value is None else form.format(estimate.value)
+    return "undefined" if estimate.value is None else form.format(estimate.value)
 
 
 def _interval(estimate: Estimate, form: str) -> str:
     if estimate.interval is None:
-        return estimate.reason if estimate.value is not None else ""
+        return estimate.reason
     low, high = (form.format(bound) for bound in estimate.interval)
     return f"[{low}, {high}]"

@@ -30,7 +30,7 @@ Line = tuple[Float, Float]
 
 ARMS = {"baseline": "baseline", "C2AL": "c2al"}
 """Name in the report -> folder."""
-_COARSE = 8
+_COARSE = 16
 """Fine logit bins of `bootstrap` in one bin of a density."""
 
 

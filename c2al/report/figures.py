@@ -138,14 +138,15 @@ def y_distributions(layers: Sequence[str], y: dict[str, dict[str, dict[str, Any]
             for model, summary in found.items():
                 colour = COLOURS[model]
                 density = _rebinned(summary["histogram"], edges)
-                ax.stairs(density, edges, color=colour, lw=1.5, label=model)
+                label = f"{model}: {summary['near_zero_relative']:.0%} near zero"
+                ax.stairs(density, edges, color=colour, lw=1.5, label=label)
                 ax.stairs(density, edges, color=colour, fill=True, alpha=0.16, lw=0)
             ax.set_title(layer)
             ax.set_xlabel("y")
+            ax.legend()
         for ax in list(grid.flat)[len(layers) :]:
             ax.set_visible(False)
         grid[0, 0].set_ylabel("density")
-        grid[0, 0].legend()
         return _svg(figure, "Distribution of Y for baseline and C2AL")
 
 

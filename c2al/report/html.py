@@ -61,7 +61,7 @@ def _result(e: Experiment) -> str:
         *(["seed sd"] * (len(seeds) > 1)),
     ]
     table = _table(
-        [*columns, "in words"],
+        columns,
         [
             [
                 _name(s),
@@ -72,11 +72,10 @@ def _result(e: Experiment) -> str:
                 _value(s.estimates["ne_diff"], "{:+.3%}"),
                 _interval(s.estimates["ne_diff"], "{:+.3%}"),
                 *([_number(s.estimates["ne_diff"].seed_std, "{:.3%}")] * (len(seeds) > 1)),
-                _verdict(s.estimates["ne_diff"]),
             ]
             for s in main
         ],
-        text=(0, len(columns)),
+        text=(0,),
     )
     more = _table(
         ["", "model", "calibration", "interval", "AUC", "interval"],
@@ -116,18 +115,19 @@ def _headline(e: Experiment) -> str:
     estimate = overall.estimates["ne_diff"]
     if estimate.value is None:
         return _text(f"NE_diff is undefined on this test set: {estimate.reason}.")
-    size = f"by {abs(estimate.value):.3%}"
     if estimate.interval is None:
         return _text(f"NE_diff is {estimate.value:+.3%} overall, with {estimate.reason}: no conclusion.")
     low, high = estimate.interval
     if high < 0:
-        return f"C2AL lowers test NE {size} overall; the interval over users excludes 0."
-    if low > 0:
-        return f"C2AL is worse here: it raises test NE {size} overall; the interval over users excludes 0."
-    return (
-        f"No overall effect is shown: NE_diff is {estimate.value:+.3%}, and its interval over users, "
-        f"{low:+.3%} to {high:+.3%}, contains 0."
-    )
+        said = f"C2AL lowers test NE by {-estimate.value:.3%} overall: the interval over users lies below 0."
+    elif low > 0:
+        said = (
+            f"C2AL is worse here: it raises test NE by {estimate.value:.3%}, and the interval over users lies above 0."
+        )
+    else:
+        said = f"No overall effect is shown: NE_diff is {estimate.value:+.3%}, and its interval over users contains 0."
+    lower = sum(value is not None and value < 0 for value in estimate.per_seed)
+    return said + f" It is negative in {lower} of {len(estimate.per_seed)} seeds." * (len(estimate.per_seed) > 1)
 
 
 def _tile(s: Segment, confidence: float) -> str:
@@ -138,13 +138,12 @@ def _tile(s: Segment, confidence: float) -> str:
     value = "undefined" if estimate.value is None else f"{estimate.value:+.3%}".replace("-", "−")
     return (
         f'<div class="tile"><b>NE_diff, {_text(_name(s))}</b><strong class="{tone}">{value}</strong>'
-        f"<span>{confidence:.0%}: {_text(_interval(estimate, '{:+.3%}'))}</span></div>"
+        f"<span>{confidence:.0%}: {_text(_interval(estimate, '{:+.3%}'))}</span>"
+        f"<span>{_text(_verdict(estimate))}</span></div>"
     )
 
 
 def _verdict(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return f"undefined: {estimate.reason}"
     if estimate.interval is None:
         return estimate.reason
     if estimate.interval[1] < 0:
@@ -233,9 +232,9 @@ def _densities(e: Experiment) -> str:
 
 def _training(e: Experiment) -> str:
     panels = {
-        "training NE, primary task": {arm: e.lines(arm, "train", "window", "primary", "all", "ne") for arm in ARMS},
-        "validation NE, primary task": {arm: e.lines(arm, "validation", "primary", "all", "ne") for arm in ARMS},
-        "validation NE, auxiliary tasks of C2AL": {
+        "training NE": {arm: e.lines(arm, "train", "window", "primary", "all", "ne") for arm in ARMS},
+        "validation NE": {arm: e.lines(arm, "validation", "primary", "all", "ne") for arm in ARMS},
+        "validation NE, auxiliary tasks": {
             task: e.lines("C2AL", "validation", task, "all", "ne") for task in ("head", "tail")
         },
     }
@@ -310,7 +309,7 @@ def _name(s: Segment) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value).replace("-", "−")
+    return "–" if value is None else form.format(value).replace("-", "−")
 
 
 def _value(estimate: Estimate, form: str) -> str:
