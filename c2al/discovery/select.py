@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from c2al.config import DiscoverConfig
-from c2al.discovery.divergence import Comparison
+from c2al.discovery.divergence import FOLDED, Comparison
 from c2al.discovery.histogram import COUNT, POSITIVE, Counts
 
 _Ints = npt.NDArray[np.int64]
@@ -82,7 +82,8 @@ def choose(axes: Sequence[AxisPairs], config: DiscoverConfig) -> Choice:
         np.concatenate([getattr(a, name)[t] for a, t in zip(axes, tested, strict=True)] or [np.empty(0)])
         for name in ("value_P", "error_P", "freedom_P")
     )
-    bound_M = lower_bounds(value_M, error_M, freedom_M, 1 - config.confidence, config.correction)
+    alpha = (1 - config.confidence) / (2 if config.rule in FOLDED else 1)
+    bound_M = lower_bounds(value_M, error_M, freedom_M, alpha, config.correction)
     bounds, rest = [], bound_M
     for a, t in zip(axes, tested, strict=True):
         bound_P = np.full(len(a.value_P), np.nan)
