@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from c2al.config import load_config
-from c2al.data.synthetic import synthesise
+from c2al.data.synthetic import SynthConfig, synthesise
 from c2al.dist.process import process_group
 from c2al.jobs.experiment import experiment
 

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     runs = [tuple(pair) for pair in args.pair] if args.pair else [(args.scores,)]
-    evaluate(runs, args.cohorts, config.axes, config.evaluate, config.seed, args.output, config.data)
+    evaluation = evaluate(runs, args.cohorts, config.axes, config.evaluate, config.seed, args.output, config.data)
+    print(evaluation.table())
     save_config(config, args.output / "config.toml")
 
 
@@ -64,7 +65,7 @@ def evaluate(
     output: Path,
     data: DataConfig = DEFAULT_NAMES,
 ) -> Evaluation:
-    """Evaluates score folders of the same rows, writes evaluation.json and evaluation.csv, prints the table.
+    """Evaluates score folders of the same rows, writes evaluation.json and evaluation.csv.
 
     runs: (baseline, c2al) for each seed, or one (scores,). cohorts: cohorts.json, which gives head,
     tail and the segments of every axis; without it the segments are the values of the categorical
@@ -109,7 +110,6 @@ def evaluate(
         replicates=config.replicates,
         seed=seed,
         clip=CLIP,
-        auc_error=float(np.nan_to_num(error_GJ).max()),
         segments=tuple(
             _segment(*segments.names[g], rows_G2[g], sums_GVR[g], auc_GJ[g].reshape(len(runs[0]), -1), config)
             for g in range(groups)
@@ -117,7 +117,6 @@ def evaluate(
     )
     write_atomically(output / "evaluation.json", evaluation.to_json())
     write_atomically(output / "evaluation.csv", evaluation.to_csv())
-    print(evaluation.table())
     return evaluation
 
 

@@ -6,12 +6,13 @@ command goes on where an earlier one stopped.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from c2al.config import Config, load_config, replace, save_config, write_atomically
@@ -19,6 +20,7 @@ from c2al.dist.process import World, process_group
 from c2al.errors import ConfigError
 from c2al.jobs.discover import discover
 from c2al.jobs.evaluate import evaluate
+from c2al.jobs.evaluation import COHORT, OVERALL
 from c2al.jobs.export import export
 from c2al.jobs.score import score
 from c2al.jobs.train import train
@@ -53,10 +55,10 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
     for seed in seeds:
         baseline = output / f"seed_{seed}" / "baseline"
         train(replace(config, seed=seed), baseline / "run", world)
-        _unless_done(baseline / "scores_test", lambda to, b=baseline: score(b / "run", config.data.test, to, world))
-    split = config.data.validation if config.experiment.discover_on == "validation" else config.data.train
+        _score_once(baseline / "run", config.data.test, baseline / "scores_test", world)
     base = output / f"seed_{first}" / "baseline"
-    _unless_done(base / "scores_discover", lambda to: score(base / "run", split, to, world))
+    split = config.data.validation if config.experiment.discover_on == "validation" else config.data.train
+    _score_once(base / "run", split, base / "scores_discover", world)
     cohorts = output / "cohorts" / "cohorts.json"
     if not cohorts.exists():
         discover([str(base / "scores_discover")], config.axes, config.discover, cohorts.parent, world, config.data)
@@ -65,18 +67,22 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
         c2al = output / f"seed_{seed}" / "c2al"
         lambdas = {f"train.{name}": getattr(config.experiment, name) for name in ("lambda_head", "lambda_tail")}
         train(replace(config, seed=seed, **lambdas), c2al / "run", world, cohorts)
-        _unless_done(c2al / "scores_test", lambda to, c=c2al: score(c / "run", config.data.test, to, world))
+        _score_once(c2al / "run", config.data.test, c2al / "scores_test", world)
 
-    if world.size == 1:
-        served = output / f"seed_{first}" / "c2al"
-        _unless_done(served / "serving", lambda to: export(served / "run", config.data.test, to, world))
-    report = output / "report.html"
+    served = output / f"seed_{first}" / "c2al"
+    if world.size == 1 and not (served / "serving").exists():
+        export(served / "run", config.data.test, served / "serving", world)
     error: BaseException | None = None
+    report = output / "report.html"
     if world.rank == 0:
         try:
-            pairs = [tuple(output / f"seed_{s}" / arm / "scores_test" for arm in ("baseline", "c2al")) for s in seeds]
-            evaluate(pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation")
+            pairs = [tuple(str(output / f"seed_{s}" / a / "scores_test") for a in ("baseline", "c2al")) for s in seeds]
+            result = evaluate(
+                pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data
+            )
             report = write_report(output)
+            summary = tuple(s for s in result.segments if s.axis in (OVERALL, COHORT))
+            print(dataclasses.replace(result, segments=summary).table())
         except Exception as e:
             error = e
     world.agree(error)
@@ -125,7 +131,7 @@ def _start(config: Config, output: Path, command: str) -> ConfigError | None:
     return None
 
 
-def _unless_done(folder: Path, stage: Callable[[Path], object]) -> None:
-    """Runs a stage that ends by renaming its folder into place, unless an earlier command did."""
+def _score_once(run_path: Path, data: Sequence[str], folder: Path, world: World) -> None:
+    """Scores unless an earlier command did: the folder is renamed into place when it is whole."""
     if not folder.exists():
-        stage(folder)
+        score(run_path, data, folder, world)
