@@ -193,7 +193,7 @@ def _axis(tree: dict[str, Any], source: str) -> AxisCohorts:
     for cohort in cohorts:
         if sorted(c.column for c in cohort.conditions) != sorted(columns):
             raise CohortError(
-                f"{source}: axis '{name}', cohort '{cohort.name}': needs one condition a column {columns}"
+                f"{source}: axis '{name}', cohort '{cohort.name}': has not one condition on each of {columns}"
             )
     if len({frozenset(c.conditions) for c in cohorts}) < len(cohorts):
         raise CohortError(f"{source}: axis '{name}': two cohorts have the same conditions")
