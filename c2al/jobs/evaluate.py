@@ -111,8 +111,8 @@ def evaluate(
         seed=seed,
         clip=CLIP,
         segments=tuple(
-            _segment(*segments.names[g], rows_G2[g], sums_GVR[g], auc_GJ[g].reshape(len(runs[0]), -1), config)
-            for g in range(groups)
+            _segment(name, rows_G2[g], sums_GVR[g], auc_GJ[g].reshape(len(runs[0]), -1), error_GJ[g].max(), config)
+            for g, name in enumerate(segments.names)
         ),
     )
     write_atomically(output / "evaluation.json", evaluation.to_json())
@@ -121,9 +121,14 @@ def evaluate(
 
 
 def _segment(
-    axis: str, name: str, detail: str, rows_2: NDArray[np.int64], sums_VR: Float, auc_PS: Float, config: EvaluateConfig
+    name: tuple[str, str, str],
+    rows_2: NDArray[np.int64],
+    sums_VR: Float,
+    auc_PS: Float,
+    auc_error: float,
+    config: EvaluateConfig,
 ) -> Segment:
-    """P runs of each of S seeds -> the estimates of one segment."""
+    """P runs of each of S seeds -> the estimates of one segment; `name` is its axis, name and detail."""
     metrics = {
         metric: value_JR.reshape(*auc_PS.shape, -1)
         for metric, value_JR in bootstrap.metrics(sums_VR, auc_PS.ravel()).items()
@@ -140,12 +145,13 @@ def _segment(
     users = min(_effective_users(class_R) for class_R in class_2R)
     missing = ("no rows", "no negatives", "no positives", "")[int(class_2R[1, 0] > 0) + 2 * int(class_2R[0, 0] > 0)]
     return Segment(
-        axis=axis,
-        name=name,
-        detail=detail,
+        axis=name[0],
+        name=name[1],
+        detail=name[2],
         rows=int(rows_2.sum()),
         positives=int(rows_2[1]),
         users=users,
+        auc_error=None if math.isnan(auc_error) else float(auc_error),
         estimates={n: _estimated(value_SR, users, missing, config) for n, value_SR in estimated.items()},
     )
 

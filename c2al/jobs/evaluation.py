@@ -22,7 +22,7 @@ class Estimate:
     """One number with what is known about its uncertainty. None: undefined, `reason` says why."""
 
     value: float | None
-    """Mean over seeds."""
+    """Mean over seeds; of the AUC see `Segment.auc_error`."""
     interval: tuple[float, float] | None
     """Percentile interval of `value` from the bootstrap over users. It says how far another sample
     of users would move it; not how far another seed would: that is `seed_std`."""
@@ -47,6 +47,8 @@ class Segment:
     users: float
     """Effective number of users (as many equal users would vary as much) behind the positives or
     the negatives, whichever has fewer; estimated from the bootstrap."""
+    auc_error: float | None
+    """Largest distance that the logit bins can put between an AUC and the exact one; None without AUC."""
     estimates: dict[str, Estimate]
     """With pairs: "ne_diff", "auc_diff", and "ne", "calibration", "auc" after "baseline." and "c2al.";
     with one run: "ne", "calibration", "auc"."""
@@ -64,8 +66,6 @@ class Evaluation:
     replicates: int
     seed: int
     clip: float
-    auc_error: float
-    """Largest distance that the logit bins can put between a reported AUC and the exact one."""
     segments: tuple[Segment, ...]
 
     def segment(self, axis: str, name: str) -> Segment | None:
@@ -82,10 +82,10 @@ class Evaluation:
         fields = ("value", "low", "high", "seed_std", "reason")
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        head = ["axis", "segment", "detail", "rows", "positives", "users"]
+        head = ["axis", "segment", "detail", "rows", "positives", "users", "auc_error"]
         writer.writerow(head + [f"{name}.{field}" for name in names for field in fields])
         for s in self.segments:
-            cells: list[Any] = [s.axis, s.name, s.detail, s.rows, s.positives, s.users]
+            cells: list[Any] = [s.axis, s.name, s.detail, s.rows, s.positives, s.users, s.auc_error]
             for e in (s.estimates[name] for name in names):
                 cells += [e.value, *(e.interval or (None, None)), e.seed_std, e.reason]
             writer.writerow(cells)

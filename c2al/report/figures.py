@@ -94,12 +94,13 @@ def segment_bars(axis: str, segments: Sequence[Segment], overall: float | None) 
                 ax.text(0, i, f" undefined: {estimate.reason}", va="center", fontsize=8, alpha=0.7)
                 continue
             percent = 100 * estimate.value
-            sure = estimate.interval is not None and (estimate.interval[0] > 0 or estimate.interval[1] < 0)
-            ax.barh(
-                i, percent, height=0.62, color=_BETTER if percent < 0 else _WORSE, alpha=0.9 if sure else 0.35, lw=0
-            )
-            if estimate.interval is not None:
-                ax.plot([100 * bound for bound in estimate.interval], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
+            colour = _BETTER if percent < 0 else _WORSE
+            if estimate.interval is None:
+                ax.barh(i, percent, height=0.62, facecolor="none", edgecolor=colour, lw=0.8, ls=":")
+                continue
+            low, high = (100 * bound for bound in estimate.interval)
+            ax.barh(i, percent, height=0.62, color=colour, alpha=0.35 if low <= 0 <= high else 0.9, lw=0)
+            ax.plot([low, high], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
         if overall is not None:
             ax.axvline(100 * overall, color=_INK, lw=0.9, ls=(0, (4, 3)), alpha=0.6)
         ax.axvline(0, color=_INK, lw=0.8)
@@ -138,12 +139,13 @@ def y_distributions(layers: Sequence[str], y: dict[str, dict[str, dict[str, Any]
             for model, summary in found.items():
                 colour = COLOURS[model]
                 density = _rebinned(summary["histogram"], edges)
-                label = f"{model}: {summary['near_zero_relative']:.0%} near zero"
+                label = f"{model}: {summary['near_zero_relative']:.1%} near zero"
                 ax.stairs(density, edges, color=colour, lw=1.5, label=label)
                 ax.stairs(density, edges, color=colour, fill=True, alpha=0.16, lw=0)
             ax.set_title(layer)
             ax.set_xlabel("y")
-            ax.legend()
+            ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
+            ax.legend(loc="upper left")
         for ax in list(grid.flat)[len(layers) :]:
             ax.set_visible(False)
         grid[0, 0].set_ylabel("density")

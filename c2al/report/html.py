@@ -45,8 +45,7 @@ def _result(e: Experiment) -> str:
     train = e.config.experiment
     seed_note = (
         f"Values are means over {len(seeds)} seeds; the seed column is the standard deviation of NE_diff from seed to "
-        "seed. The interval does not contain it: it says how far other users, not another initialisation, would move "
-        "the mean."
+        "seed. The interval leaves it out: it says how far other users, not another initialisation, would move it."
         if len(seeds) > 1
         else "One seed was run: how far another initialisation would move these numbers is not known."
     )
@@ -106,7 +105,7 @@ tail {train.lambda_tail:g}), which exist in training only.</p>
 {_per_seed(main, seeds)}
 {more}
 <p class="note">Calibration is the sum of predictions over the sum of labels. AUC comes from bins of the logit and is
-within {evaluation.auc_error:.1g} of the exact one.</p>"""
+within {max(s.auc_error or 0 for s in main):.1g} of the exact one.</p>"""
 
 
 def _headline(e: Experiment) -> str:
@@ -181,8 +180,8 @@ def _segments(e: Experiment) -> str:
     expected = judged * (1 - e.evaluation.confidence)
     return f"""<h2>NE_diff by segment</h2>
 <p>Bars are NE_diff, lines its {e.evaluation.confidence:.0%} interval over users, the dashed line the whole test set;
-in brackets the rows. A pale bar's interval contains 0, or could not be given. {excluding} of {judged} intervals
-exclude 0; were there no effect anywhere, about {expected:.1f} would.</p>
+in brackets the rows. A pale bar's interval contains 0; a dotted one has too few users for an interval. {excluding} of
+{judged} intervals exclude 0; were there no effect anywhere, about {expected:.1f} would.</p>
 {"".join(drawn)}
 <p class="note">All numbers: evaluation/evaluation.csv.</p>"""
 

@@ -112,7 +112,9 @@ def test_everything_against_a_bootstrap_written_out(tmp_path: Path):
             assert segment.estimates[prefix + "ne"].per_seed == pytest.approx([ne(y, q[rows], w) for q in p[i]])
             assert segment.estimates[prefix + "calibration"].per_seed == pytest.approx(calibration)
             exact = [auc(y, q[rows], w) for q in p[i]]
-            assert np.abs(np.subtract(segment.estimates[prefix + "auc"].per_seed, exact)).max() <= got.auc_error < 0.01
+            assert (
+                np.abs(np.subtract(segment.estimates[prefix + "auc"].per_seed, exact)).max() <= segment.auc_error < 0.01
+            )
         # The Hajek projection drops terms of order 1 / users: 150 users, intervals about 0.1 wide.
         resampled = [np.mean([auc(y, q[rows], w * w_NR[rows, r]) for q in p[0]]) for r in range(50)]
         assert segment.estimates["baseline.auc"].interval == pytest.approx(
@@ -204,6 +206,7 @@ def test_segments_that_cannot_be_judged_say_why(tmp_path: Path):
         for estimate in ("ne_diff", "baseline.ne", "c2al.auc", "auc_diff"):
             assert by_name[name].estimates[estimate].value is None
             assert by_name[name].estimates[estimate].reason == reason
+    assert by_name["cold"].auc_error is None
     assert by_name["cold"].estimates["baseline.calibration"].value is None
     assert by_name["hot"].estimates["baseline.calibration"].value is not None
     few = by_name["few"].estimates["ne_diff"]
