@@ -174,3 +174,9 @@ def _hush_the_stack() -> None:
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_not_a_missing_spec)
+
+
+def _not_a_missing_spec(record: logging.LogRecord) -> bool:
+    """torchrec's planner warns, through the root logger, of each data_parallel table that it has no sharding spec."""
+    return not record.getMessage().startswith("Sharding spec not found")
