@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import logging
 import sys
+import warnings
 
 from c2al.errors import C2ALError
 
@@ -19,8 +21,17 @@ JOBS = {
 }
 
 
+def _only_our_own_warnings() -> None:
+    """What torch, torchrec and fbgemm deprecate among themselves is nothing a user can act on."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"c2al\.")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    logging.getLogger("torchrec").setLevel(logging.ERROR)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
+    _only_our_own_warnings()
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="c2al", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)

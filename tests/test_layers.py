@@ -58,7 +58,7 @@ def test_every_module_has_a_layer_and_imports_downward_only():
         for imported in imports(path):
             if part(imported) == part(name) or part(imported) == "c2al":
                 continue
-            same_layer_ok = LAYERS[part(name)] in (2, 5)
+            same_layer_ok = LAYERS[part(name)] in (0, 2, 5)
             upward = LAYERS[part(imported)] > LAYERS[part(name)]
             sideways = LAYERS[part(imported)] == LAYERS[part(name)] and not same_layer_ok
             if upward or sideways:
@@ -73,11 +73,7 @@ def test_lower_layers_import_with_torch_alone():
     blocked = ["torchrec", "fbgemm_gpu", "pyarrow", "numba", "scipy", "pandas", "matplotlib", "torchmetrics", "torchx"]
     code = (
         "import sys, importlib\n"
-        f"blocked = {blocked}\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in blocked: raise ImportError('blocked: ' + name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
+        f"for name in {blocked}: sys.modules[name] = None\n"  # as if not installed
         f"for module in {[m for m in TORCH_ONLY if '_triton' not in m]}: importlib.import_module(module)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -1,0 +1,33 @@
+"""What `c2al` says and returns, as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from c2al.__main__ import JOBS, main
+
+
+def test_every_job_explains_itself():
+    done = subprocess.run([sys.executable, "-m", "c2al", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert all(job in done.stdout for job in JOBS)
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys; from c2al.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_help(job, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([job, "--help"])
+    assert caught.value.code == 0
+    assert f"c2al {job}" in capsys.readouterr().out
+
+
+def test_a_missing_config_is_said_in_one_line(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path / "none.toml"), "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"c2al train: {tmp_path / 'none.toml'}: no such file\n"
