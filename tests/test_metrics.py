@@ -140,3 +140,12 @@ def test_nan_prediction_shows():
     m.update(torch.tensor([[float("nan")], [0.0]]), torch.tensor([[1.0], [0.0]]), torch.ones(2))
     got = one(m)
     assert all(v is not None and math.isnan(v) for v in (got.ne, got.calibration, got.auc, got.auc_error))
+
+
+@pytest.mark.gpu
+def test_cuda_agrees_with_cpu():
+    logit, label, weight, member = batch(1000, seed=4)
+    cpu, cuda = (BinaryMetrics(("primary", "head"), ("h", "t"), device=d) for d in ("cpu", "cuda"))
+    cpu.update(logit, label, weight, member)
+    cuda.update(logit.cuda(), label.cuda(), weight.cuda(), member.cuda())
+    torch.testing.assert_close(cuda.lifetime.sums_CTS.cpu(), cpu.lifetime.sums_CTS, rtol=1e-12, atol=1e-12)

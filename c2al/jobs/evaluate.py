@@ -10,6 +10,7 @@ each run and (2 + 4 J) G R + 4 G J K float64 numbers, whatever the number of row
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from c2al.jobs.scored import CLIP, Block, Segments, blocks, open_scores
 
 MIN_USERS = 20.0
 """No interval is given when fewer effective users stand behind a segment's positives or negatives:
-percentiles over a handful of clusters cover too little."""
+percentiles over a handful of clusters cover too little (nominal 95%: 91% at 8 effective users, 93-94% at
+16, 95% at 81, in 300 draws each of the null simulation in the tests)."""
 MAX_UNDEFINED = 0.01
 """Nor when more than this share of the replicates lacks positives or negatives."""
 
@@ -51,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     runs = [tuple(pair) for pair in args.pair] if args.pair else [(args.scores,)]
+    if args.cohorts is None and (cut := [axis.name for axis in config.axes if axis.kind != "categorical"]):
+        print(f"axes left out, since their cuts are in a cohorts.json: {', '.join(cut)}", file=sys.stderr)
     evaluation = evaluate(runs, args.cohorts, config.axes, config.evaluate, config.seed, args.output, config.data)
     print(evaluation.table())
     save_config(config, args.output / "config.toml")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from c2al.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
 from c2al.config import Axis, DataConfig
 from c2al.data.encode import hash64
-from c2al.data.schema import is_string
+from c2al.data.schema import canonical, is_string
 from c2al.data.source import File, open_dataset
 from c2al.errors import CohortError, DataError
 from c2al.jobs.bootstrap import logit_bins
@@ -167,17 +167,16 @@ class _Piece:
     def slice(self, start: int, stop: int) -> "_Piece":
         return dataclasses.replace(self, start=self.start + start, table=self.table.slice(start, stop - start))
 
-    def column(self, name: str) -> NDArray[Any]:
+    def column(self, name: str) -> pa.ChunkedArray:
         """(N,) values. Raises DataError at a null."""
         column = self.table.column(name)
         if column.null_count:
             raise DataError(f"{self.at(np.flatnonzero(column.is_null()))}: {name} is null")
-        values: NDArray[Any] = column.to_numpy()
-        return values
+        return column
 
     def valid(self, name: str, rule: Callable[[Float], NDArray[np.bool_]], text: str) -> Float:
         """(N,) values in float64. Raises DataError at a value that does not fulfil `rule`, called `text`."""
-        values = self.column(name).astype(np.float64)
+        values: Float = self.column(name).to_numpy().astype(np.float64)
         bad = np.flatnonzero(~rule(values))
         if len(bad):
             row_id = self.column(self.scores.row_id)[bad[0]]
@@ -215,11 +214,11 @@ def blocks(runs: Sequence[Scores], segments: Segments) -> Iterator[Block]:
         prediction_NJ = np.stack(
             [p.valid("prediction", lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]") for p in pieces], axis=1
         )
-        first.column(first.scores.user_id)  # refuses a null, which has no user to be resampled with
+        users = first.column(first.scores.user_id).combine_chunks()
         clipped_NJ = np.clip(prediction_NJ, CLIP, 1 - CLIP)
         log_p_NJ, log_not_p_NJ = np.log(clipped_NJ), np.log1p(-clipped_NJ)
         yield Block(
-            user_N=hash64(first.table.column(first.scores.user_id).combine_chunks()),
+            user_N=hash64(canonical(users)),
             segment_NA=segments.of(first.table),
             label_N=label_N.astype(np.uint8),
             weight_N=weight_N,
@@ -250,7 +249,7 @@ def _aligned(streams: Sequence[Iterator[_Piece]]) -> Iterator[list[_Piece]]:
 
 def _check_same_rows(first: _Piece, other: _Piece) -> None:
     for name in (first.scores.row_id, "label", "weight"):
-        a, b = first.column(name), other.column(name)
+        a, b = first.column(name).to_numpy(), other.column(name).to_numpy()
         different = np.flatnonzero(a != b)
         if len(different):
             i = different[0]

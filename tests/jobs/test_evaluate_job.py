@@ -342,18 +342,35 @@ def test_columns_under_configured_names_and_an_axis_of_users(tmp_path: Path):
     assert len(got.segments) == 1 + len(np.unique(data["who"]))
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_strings_in_any_arrow_type(tmp_path: Path, kind: pa.DataType):
+    data = impressions()
+    plain = {**data, "user_id": np.array([f"u{u}" for u in data["user_id"]])}
+    other = {**plain, **{k: pa.array(plain[k], pa.string()).cast(kind) for k in ("user_id", "tab")}}
+    p = predictions(data, 0)
+    results = [
+        evaluate([(write(tmp_path / str(i), d, p, cuts=[150]),)], None, AXIS, SMALL, 0, tmp_path / "out")
+        for i, d in enumerate((plain, other))
+    ]
+    assert results[0].segments == results[1].segments
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = {**impressions(), "user_id": np.array([f"u{u}" for u in impressions()["user_id"]])}
     pair = [write(tmp_path / str(i), data, predictions(data, i)) for i in range(2)]
     config = parse_config(
-        {"data": {"sparse": [{"column": "x", "num_embeddings": 9}]}, "axes": [{"name": "s", "column": "tab"}]}
+        {
+            "data": {"sparse": [{"column": "x", "num_embeddings": 9}]},
+            "axes": [{"name": "s", "column": "tab"}, {"name": "w", "column": "weight", "kind": "edges", "edges": [1]}],
+        }
     )
     (tmp_path / "c.toml").write_text(dump_config(config))
     parser = argparse.ArgumentParser()
     job.add_arguments(parser)
     words = ["--config", str(tmp_path / "c.toml"), "--output", str(tmp_path / "out")]
     job.run(parser.parse_args([*words, "--pair", *pair]), ["--evaluate.replicates", "30"])
-    out = capsys.readouterr().out
+    out, log = capsys.readouterr()
+    assert log == "axes left out, since their cuts are in a cohorts.json: w\n"
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [["overall", "overall"], ["s", "a"], ["s", "b"]]
     assert load_config(tmp_path / "out" / "config.toml").evaluate.replicates == 30
     assert read_evaluation(tmp_path / "out" / "evaluation.json").replicates == 30
