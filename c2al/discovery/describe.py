@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtrit
 
 from c2al.cohorts import VERSION
 from c2al.config import Axis, DiscoverConfig
@@ -103,7 +103,7 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     head_L, tail_L = pairs.head_P[listed], pairs.tail_P[listed]
     # Fewer than two groups have no error; their quantile is never used.
-    width_L = np.asarray(stats.t.isf((1 - config.confidence) / 2, np.maximum(pairs.freedom_P[listed], 1)))
+    width_L = -stdtrit(np.maximum(pairs.freedom_P[listed], 1), (1 - config.confidence) / 2)
     measures = {m: pairs.comparison.estimate(head_L, tail_L, m) for m in MEASURES}
     return [
         {

@@ -73,6 +73,9 @@ class Counts:
     """[cohort, user group, coarse slot]: rows. G = 0 where the scan ran without a jackknife."""
 
     def __add__(self, other: "Counts") -> "Counts":
+        """Aligned by key. Raises CohortError for keys of different types."""
+        if not self.keys or not other.keys:
+            return self if self.keys else other
         try:
             keys = tuple(sorted({*self.keys, *other.keys}, key=key_order))
         except TypeError as e:
@@ -128,7 +131,7 @@ class BlockCounter:
             self._spill()
         if cohorts > len(self._packed):
             self._packed, self._group32, self._fine, self._group = (
-                _grow(a, max(cohorts, 2 * len(a))) for a in (self._packed, self._group32, self._fine, self._group)
+                _grow(a, max(cohorts, len(a) * 5 // 4)) for a in (self._packed, self._group32, self._fine, self._group)
             )
         self._rows += len(code_R)
         _scatter(code_R, rows.cell, rows.low, self._packed.reshape(-1))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from c2al.config import DiscoverConfig
 from c2al.discovery.divergence import FOLDED, Comparison
@@ -117,7 +117,7 @@ def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: 
         level_M = np.full(count, alpha / count)
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
-            p_M = np.nan_to_num(stats.t.sf(value_M / error_M, freedom_M), nan=1.0)
+            p_M = np.nan_to_num(stdtr(freedom_M, -value_M / error_M), nan=1.0)
         order = np.argsort(p_M, kind="stable")
         level = alpha / (count - np.arange(count))
         failed = np.flatnonzero(p_M[order] > level)
@@ -125,7 +125,7 @@ def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: 
             level[failed[0] :] = level[failed[0]]
         level_M = np.empty(count)
         level_M[order] = level
-    return np.asarray(value_M - stats.t.isf(level_M, freedom_M) * error_M)
+    return np.asarray(value_M + stdtrit(freedom_M, level_M) * error_M)
 
 
 def _why_untested(axes: Sequence[AxisPairs], config: DiscoverConfig) -> str:

@@ -143,18 +143,15 @@ def _each_row_group(
             file, row_group = files[unit[0]], unit[1]
             start = time.perf_counter()
             table = file.read(row_group, columns, texts)
-            decoded, row = time.perf_counter(), 0
-            try:
-                for block in table.to_batches(max_chunksize=BLOCK_ROWS):
-                    worker.block(block, row)
-                    row += block.num_rows
-            except C2ALError as e:
-                raise type(e)(f"{file.where(row_group)}: {e}") from e
+            decoded = time.perf_counter()
+            _feed(table, worker, file.where(row_group))
+            rows = table.num_rows
+            del table  # before the next one is decoded
             with lock:
                 decoding += decoded - start
                 working += time.perf_counter() - start
                 bar.set_postfix_str(f"{decoding / working:.0%} of the time decoding", refresh=False)
-                bar.update(row)
+                bar.update(rows)
             worker.finished(unit)
         worker.close()
 
@@ -175,6 +172,16 @@ def _each_row_group(
             f"{decoding / working:.0%} of the time decoding (the limit)",
             file=sys.stderr,
         )
+
+
+def _feed(table: pa.Table, worker: _Worker, where: str) -> None:
+    row = 0
+    try:
+        for block in table.to_batches(max_chunksize=BLOCK_ROWS):
+            worker.block(block, row)
+            row += block.num_rows
+    except C2ALError as e:
+        raise type(e)(f"{where}: {e}") from e
 
 
 class _Counting:

@@ -55,7 +55,7 @@ def test_the_cap_names_the_axis():
 
 @pytest.mark.parametrize("array", [pa.array([0.5]), pa.array([b"x"]), pa.array([[1]])])
 def test_a_column_without_categories_is_refused(array):
-    with pytest.raises(CohortError, match="'c' is .*needs integers, strings or bools"):
+    with pytest.raises(CohortError, match=r"'c' is .*needs integers, strings or bools"):
         Categories("c", "axis", 9)(array)
 
 
@@ -116,7 +116,7 @@ def test_groups_are_even(users):
 
 
 def test_users_must_be_integers_or_text():
-    with pytest.raises(DataError, match="'u'.*double"):
+    with pytest.raises(DataError, match=r"'u'.*double"):
         user_groups(pa.array([0.5]), "u")
     with pytest.raises(DataError, match="'u'"):
         user_groups(pa.array([2**64 - 1], pa.uint64()), "u")
