@@ -205,7 +205,7 @@ def _cohorts(e: Experiment) -> str:
             if {(axis["name"], role, found[role]) for role in ("head", "tail")} == pair:
                 marked.append(len(rows))
             values = [found["lower_bound"], *(found[m]["value"] for m in measures)]
-            rows.append([axis["name"], found["head"], found["tail"], *(_number(v, "{:.4g}") for v in values)])
+            rows.append([axis["name"], found["head"], found["tail"], *(_number(v, "{:.3g}") for v in values)])
     statistics_head = ["", "rows", "positives", "positive rate", "mean p", "calibration", "NE"]
     columns = ["axis", "head", "tail", "lower bound", "JS", "KL", "1 − cosine", "W1 in p", "W1 in logit"]
     reason = chosen["reason"][:1].upper() + chosen["reason"][1:]

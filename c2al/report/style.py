@@ -34,8 +34,8 @@ p { margin: .5rem 0 .9rem; max-width: 74ch; }
 .better { color: var(--better); } .worse { color: var(--worse); }
 .scroll { overflow-x: auto; margin: .8rem 0 1.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .38rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 td.text, th.text { text-align: left; }
 td.text { white-space: normal; overflow-wrap: break-word; }
 tr.chosen td { background: var(--panel); font-weight: 600; }
