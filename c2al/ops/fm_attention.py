@@ -8,6 +8,8 @@ p x q matrix A per sample: G = A (A^T Y), with A a view of x.
     "wukong"    x        M    D    M x K    fields
 """
 
+import functools
+import importlib.util
 import logging
 import math
 from typing import Literal
@@ -18,11 +20,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
 from c2al.ops import _eager
+from c2al.ops._triton_config import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
 Backend = Literal["auto", "triton", "eager"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +49,7 @@ def fm_attention(
             and shift: (G - mean) / sqrt(var + norm_eps), var the biased variance. With K = 1 that is 0.
         backend: "eager" runs two batched matrix products; "triton" the fused CUDA kernels, whose
             float32 products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes Triton where
-            a usable GPU and the shape allow it, else eager, and logs the choice once.
+            a usable GPU and the shape allow it, else eager, and logs a GPU's choice once.
 
     Returns:
         (B, p, K), contiguous, in x's dtype (autocast's, under autocast).
@@ -88,9 +92,37 @@ def _check(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> Non
 def _use_triton(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> bool:
     if backend not in ("auto", "triton", "eager"):
         raise OperandError(f"fm_attention: backend {backend!r} is none of 'auto', 'triton', 'eager'")
-    if backend == "triton":
-        raise BackendError("fm_attention: backend='triton' is not built yet")
-    return False
+    if backend == "eager" or (backend == "auto" and x_BMD.device.type == "cpu"):
+        return False
+    obstacle = _obstacle(x_BMD, y, layout)
+    if backend == "triton" and obstacle:
+        raise BackendError(f"fm_attention: backend='triton' cannot run here: {obstacle}")
+    if backend == "auto" and not torch.compiler.is_compiling():
+        _log_choice(x_BMD.device.type, obstacle)
+    return not obstacle
+
+
+def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
+    """Why the Triton kernels cannot take these operands; empty if they can."""
+    if x_BMD.device.type != "cuda":
+        return f"x is on {x_BMD.device.type}, the kernels need a CUDA device"
+    if not _TRITON_INSTALLED:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_properties(x_BMD.device).major
+    if capability < 8:
+        return f"compute capability {capability}.x is below 8.0"
+    if x_BMD.dtype == torch.float64:
+        return "no float64 kernels"
+    p, q = x_BMD.shape[:0:-1] if layout == "paper" else x_BMD.shape[1:]
+    k, precision = y.shape[-1], precision_of(x_BMD.dtype)
+    if not all(configurations(direction, p, q, k, precision) for direction in ("forward", "backward")):
+        return f"no kernels for p={p}, q={q}, K={k} in {precision} precision"
+    return ""
+
+
+@functools.cache
+def _log_choice(device: str, obstacle: str) -> None:
+    _log.info("fm_attention on %s: %s", device, f"eager kernels ({obstacle})" if obstacle else "Triton kernels")
 
 
 @torch.library.custom_op("c2al::fm_attention", mutates_args=(), device_types=("cpu", "cuda"))
@@ -98,7 +130,13 @@ def _forward_op(
     x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, T, rstd): T = A^T Y, saved by eager only; rstd of the rows, with norm_eps only; else size 0."""
-    return _eager.forward(x_BMD, y, layout == "paper", norm_eps)
+    paper = layout == "paper"
+    if triton:
+        from c2al.ops import _triton
+
+        out_BPK, rstd_BP = _triton.forward(x_BMD, y, paper, norm_eps)
+        return out_BPK, out_BPK.new_empty(0), rstd_BP
+    return _eager.forward(x_BMD, y, paper, norm_eps)
 
 
 @_forward_op.register_fake
@@ -124,9 +162,14 @@ def _backward_op(
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
+    paper = layout == "paper"
+    if triton:
+        from c2al.ops import _triton
+
+        return _triton.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
         grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    return _eager.backward(grad_BPK, x_BMD, y, t_BQK, layout == "paper")
+    return _eager.backward(grad_BPK, x_BMD, y, t_BQK, paper)
 
 
 @_backward_op.register_fake

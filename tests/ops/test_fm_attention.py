@@ -1,16 +1,12 @@
-"""fm_attention on the CPU against its formula, written again here in float64.
-
-Tolerances. float64 compares to 1e-12. float32: relative Frobenius error 1e-6, sums of a few hundred
-products at 6e-8 each. bfloat16 (unit roundoff 2^-9): T or S and the result are each rounded once,
-so an element errs by at most 2^-8 of its product of absolute values, 1.1x for the accumulation, and
-the independent errors average to well under 4e-3 in relative Frobenius norm.
-"""
+"""fm_attention on the CPU against its formula, written again in fm_reference.py in float64."""
 
 import pytest
 import torch
+from fm_reference import assert_within_rounding, operands, reference, relative, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.errors import BackendError, OperandError
+from c2al.ops._triton_config import configurations, precision_of
 from c2al.ops.fm_attention import fm_attention
 
 SIZES = {  # B, M, D, K
@@ -24,39 +20,6 @@ SIZES = {  # B, M, D, K
     "empty": (0, 5, 7, 3),
 }
 LAYOUTS = ("paper", "wukong")
-
-
-def reference(x, y, layout, norm_eps=None):
-    """Eq. 3 by its Gram matrix, the order the product never takes; then LayerNorm by its definition."""
-    x, y = x.double(), y.double()
-    gram = torch.einsum("bmi,bmj->bij", x, x) if layout == "paper" else torch.einsum("bmd,bnd->bmn", x, x)
-    g = torch.einsum("bij,bjk->bik", gram, y) if y.dim() == 3 else torch.einsum("bij,jk->bik", gram, y)
-    if norm_eps is None:
-        return g
-    variance = ((g - g.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
-    return (g - g.mean(-1, keepdim=True)) / (variance + norm_eps).sqrt()
-
-
-def operands(size, layout, shared, dtype=torch.float64, seed=0):
-    batch, m, d, k = size
-    generator = torch.Generator().manual_seed(seed)
-    p = d if layout == "paper" else m
-    x = torch.randn(batch, m, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    shape = (p, k) if shared else (batch, p, k)
-    y = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    grad = torch.randn(batch, p, k, generator=generator, dtype=torch.float64).to(dtype)
-    return x, y, grad
-
-
-def run(function, x, y, grad):
-    """[out, dx, dy] of `function` from fresh leaves, so that calls do not share gradients."""
-    x, y = x.detach().clone().requires_grad_(), y.detach().clone().requires_grad_()
-    out = function(x, y)
-    return [out.detach(), *torch.autograd.grad(out, (x, y), grad.to(out.dtype))]
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-3])
@@ -85,14 +48,7 @@ def test_gradcheck(layout, shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_stays_within_its_bound(dtype, layout, shared):
     x, y, grad = operands((16, 24, 40, 8), layout, shared, dtype)
-    actual = run(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad)
-    expected = run(lambda x, y: reference(x, y, layout), x.double(), y.double(), grad)
-    magnitude = run(lambda x, y: reference(x, y, layout), x.double().abs(), y.double().abs(), grad.abs())
-    frobenius, elementwise = (1e-6, 1e-6) if dtype == torch.float32 else (4e-3, 1.1 * 2**-8)
-    for a, e, bound in zip(actual, expected, magnitude, strict=True):
-        assert a.dtype == dtype
-        assert relative(a, e) <= frobenius
-        assert ((a.double() - e).abs() <= elementwise * bound).all()
+    assert_within_rounding(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad, layout, str(dtype)[6:])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -259,3 +215,15 @@ def test_triton_on_the_cpu_is_refused():
     x, y, _ = operands((3, 5, 7, 3), "paper", False, torch.float32)
     with pytest.raises(BackendError, match=r"backend='triton'.*cpu"):
         fm_attention(x, y, layout="paper", backend="triton")
+
+
+def test_the_choice_of_kernels_can_be_traced():
+    """On a GPU torch.compile traces the look-up; the CPU path never reaches it."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def covered(x):
+        m, d = x.shape[1:]
+        return x + bool(configurations("backward", d, m, 8, precision_of(x.dtype)))
+
+    assert covered(torch.zeros(3, 20, 16)).max() == 1
+    assert covered(torch.zeros(3, 2000, 1600)).max() == 0

@@ -1,0 +1,99 @@
+"""Which schedule and tile sizes the Triton kernels of FM attention run with, per shape and dtype.
+
+Legend: A is p x q, Y p x K; BLOCK_* see _triton_kernels.py. Every configuration that `configurations` can
+return is compiled for sm_90 by tests/ops/test_triton_compile.py, which refuses any that spills a
+register or asks for more shared memory than a Hopper block can have.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Direction = Literal["forward", "backward"]
+Precision = Literal["half", "tf32", "ieee"]
+"""half: bfloat16 or float16 operands. tf32, ieee: float32 operands and how their products round."""
+
+Schedule = Literal["columns", "rows"]
+"""What streams: tiles of A's columns or of its rows, see _triton_kernels.py."""
+
+SHARED_MEMORY = 232_448
+"""Bytes one block can have on sm_90."""
+BLOCKS_P = (16, 64, 128, 256)
+BLOCKS_Q = (16, 64, 128)
+BLOCKS_K = (16, 32, 64, 128)
+"""Sizes to which p (columns), q (rows) and K are padded."""
+
+
+class _Budget(NamedTuple):
+    live: int
+    """Values a thread may hold by the count of `_fits`; found by compiling: more spills."""
+    tiles: tuple[int, ...]
+    """Tile sizes, likeliest first."""
+    candidates: int
+    """Configurations the autotuner tries."""
+
+
+_BUDGETS: dict[tuple[Schedule, Precision], _Budget] = {
+    ("columns", "half"): _Budget(170, (64, 32, 16), 2),
+    ("columns", "tf32"): _Budget(110, (32, 16), 1),
+    ("columns", "ieee"): _Budget(60, (16,), 1),
+    ("rows", "half"): _Budget(100, (32, 16), 1),
+    ("rows", "tf32"): _Budget(28, (32, 16), 1),
+}
+
+
+class Configuration(NamedTuple):
+    """One compiled form of a kernel."""
+
+    schedule: Schedule
+    block_p: int
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int = 2
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    """How products of this dtype are taken: float32 follows torch.backends.cuda.matmul.allow_tf32."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def configurations(direction: Direction, p: int, q: int, k: int, precision: Precision) -> list[Configuration]:
+    """Candidates for the autotuner, likeliest first; empty where no kernel covers the shape.
+
+    Columns of A stream while p K values fit in registers, its rows while q K do. Of every tile size
+    the fewest warps that hold it are taken.
+    """
+    block_k = _block(k, BLOCKS_K)
+    resident: dict[Schedule, int] = {"columns": _block(p, BLOCKS_P), "rows": _block(q, BLOCKS_Q)}
+    for schedule, held in resident.items():
+        budget = _BUDGETS.get((schedule, precision))
+        if not (budget and held and block_k):
+            continue
+        found = []
+        for tile in budget.tiles:
+            block_p, block_q = (held, tile) if schedule == "columns" else (tile, held)
+            options = (Configuration(schedule, block_p, block_q, block_k, warps) for warps in (4, 8))
+            found += [c for c in options if _fits(c, direction, precision, budget.live)][:1]
+        if found:
+            return found[: budget.candidates]
+    return []
+
+
+def _block(size: int, blocks: tuple[int, ...]) -> int:
+    return next((block for block in blocks if size <= block), 0)
+
+
+def _fits(c: Configuration, direction: Direction, precision: Precision, budget: int) -> bool:
+    """Whether live values and staged tiles, as the source holds them, fit a thread and a block."""
+    itemsize = 2 if precision == "half" else 4
+    pk, qk, pq = c.block_p * c.block_k, c.block_q * c.block_k, c.block_p * c.block_q
+    gradients = 2 if direction == "backward" else 1
+    accumulators = pk + gradients * qk + (pq if direction == "backward" else 0)
+    operands = gradients * pk * itemsize // 4
+    norm = 2 * pk if c.schedule == "rows" else 0
+    live = (accumulators + operands + norm) / (32 * c.warps)
+    staged = itemsize * (gradients * (pk + qk) + c.stages * pq)
+    return live <= budget and 1.4 * staged <= SHARED_MEMORY

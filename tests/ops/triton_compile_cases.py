@@ -1,0 +1,86 @@
+"""Compiles the shipped kernel configurations for sm_90 and prints one JSON line each. No GPU needed.
+
+    python triton_compile_cases.py [--variants]
+
+A configuration is compiled for a full block in its costliest variant: with LayerNorm, and with
+shared Y backward, whose dY lives across samples. --variants compiles every variant instead.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from c2al.ops import _triton_kernels as kernels
+from c2al.ops._triton_config import BLOCKS_K, BLOCKS_P, BLOCKS_Q, configurations
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LONG = 1024  # beyond every block: a length that streams
+
+
+def shipped():
+    """Every (direction, precision, configuration) that some shape gets."""
+    shapes = itertools.product((*BLOCKS_P, LONG), (*BLOCKS_Q, LONG), BLOCKS_K)
+    cases = itertools.product(("forward", "backward"), ("half", "tf32", "ieee"), shapes)
+    return sorted({(d, kind, c) for d, kind, shape in cases for c in configurations(d, *shape, kind)})
+
+
+def usage(case):
+    """(registers, stack bytes, shared bytes) of one compiled kernel."""
+    direction, precision, config, paper, shared, norm, element = case
+    p, q = (config.block_p, LONG) if config.schedule == "columns" else (LONG, config.block_q)
+    kernel = getattr(kernels, f"{direction}_{config.schedule}")
+    constants = {
+        "P": p, "Q": q, "K": config.block_k, "PAPER": paper, "SHARED": shared, "NORM": norm,
+        "PRECISION": "ieee" if precision == "ieee" else "tf32",
+        "BLOCK_P": config.block_p, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    types = dict.fromkeys(kernel.arg_names, f"*{element}") | dict.fromkeys(constants, "constexpr")
+    types |= {"stride_b": "i32", "stride_m": "i32", "batch": "i32", "eps": "fp32", "rstd": "*fp32"}
+    if shared:
+        types["dy"] = "*fp32"
+    signature = {name: types[name] for name in kernel.arg_names}
+    aligned = [i for i, n in enumerate(signature) if signature[n].startswith("*") or n.startswith("stride")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK"))
+    return registers, stack, compiled.metadata.shared
+
+
+def cases(variants):
+    for direction, precision, config in shipped():
+        elements = {"half": ("bf16", "fp16") if variants else ("bf16",)}.get(precision, ("fp32",))
+        for element in elements:
+            if variants:
+                for flags in itertools.product((True, False), repeat=3):
+                    yield (direction, precision, config, *flags, element)
+            else:
+                yield (direction, precision, config, True, direction == "backward", True, element)
+
+
+def main():
+    todo = list(cases("--variants" in sys.argv))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # cold, so that what is measured is what this source gives
+        with get_context("fork").Pool(2) as pool:
+            for case, (registers, stack, shared) in zip(todo, pool.imap(usage, todo, chunksize=4), strict=True):
+                print(json.dumps({"case": str(case), "registers": registers, "stack": stack, "shared": shared}))
+
+
+if __name__ == "__main__":
+    main()

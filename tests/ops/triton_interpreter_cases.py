@@ -1,0 +1,129 @@
+"""The Triton kernels in Triton's interpreter, on the CPU. Run by test_triton_interpreter.py.
+
+In this version (3.7.1) the interpreter multiplies the raw bits of bfloat16 operands in `tl.dot` and
+truncates float32 to bfloat16; the shim below mends both. It knows nothing of tf32, shared memory or
+registers: test_triton_compile.py sees to those.
+"""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from fm_reference import assert_within_rounding, operands, reference, relative, run
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+from c2al.ops import _triton, fm_attention  # noqa: F401  (registers the op)
+
+assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before Triton is imported"
+
+_plain_cast = InterpreterBuilder.cast_impl
+
+
+def _widen(handle):
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data.astype(np.float32)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    return TensorHandle(np.matmul(_widen(a), _widen(b), dtype=np.float32) + d.data, d.dtype.scalar)
+
+
+def _cast(self, source, target):
+    if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+        bits = source.data.view(np.uint32)
+        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return TensorHandle(nearest_even.astype(np.uint16), tl.bfloat16)
+    return _plain_cast(self, source, target)
+
+
+InterpreterBuilder.create_dot = _dot
+InterpreterBuilder.cast_impl = _cast
+
+SIZES = {  # B, M, D, K
+    "odd": (5, 20, 24, 5),
+    "several tiles": (2, 70, 70, 17),
+    "one of each": (1, 1, 1, 1),
+    "long fields": (3, 260, 20, 3),
+    "long dims": (3, 20, 260, 3),
+    "empty": (0, 20, 24, 5),
+}
+
+
+@pytest.fixture(autouse=True, params=[0, -1], ids=["first candidate", "last candidate"])
+def one_candidate(request, monkeypatch):
+    """The autotuner needs a card: every test runs with one end of its choices, and on two programs."""
+    every = _triton.configurations
+    monkeypatch.setattr(_triton, "configurations", lambda *a: [every(*a)[request.param]])
+    monkeypatch.setattr(_triton, "_resident_programs", lambda device: 2)
+
+
+def attention(layout, norm_eps=None):
+    return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps, True)[0]
+
+
+@pytest.fixture(autouse=True)
+def tf32_where_ieee_has_no_kernel(monkeypatch):
+    """Long rows have no ieee kernels; the interpreter multiplies exactly under either name."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_output_and_every_gradient(dtype, size, layout, shared):
+    x, y, grad = operands(size, layout, shared, getattr(torch, dtype))
+    if size[0] == 0:
+        out, dx, dy = run(attention(layout), x, y, grad)
+        assert out.shape == grad.shape
+        assert dx.shape == x.shape
+        assert torch.equal(dy, torch.zeros_like(y))
+    else:
+        assert_within_rounding(attention(layout), x, y, grad, layout, dtype)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+@pytest.mark.parametrize("size", [(5, 20, 24, 5), (3, 260, 20, 3), (3, 20, 260, 3), (3, 7, 9, 1)])
+def test_layer_norm(size, layout, shared):
+    x, y, grad = operands(size, layout, shared, torch.float32)
+    actual = run(attention(layout, 1e-2), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, layout, 1e-2), x, y, grad)
+    for a, e in zip(actual, expected, strict=True):
+        # rstd amplifies the rounding of rows of near-equal elements; absolute for K = 1, all zero.
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=1e-4 * float(e.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+def test_layer_norm_in_bfloat16_is_as_good_as_eager(layout):
+    x, y, grad = operands((4, 40, 48, 16), layout, False, torch.bfloat16)
+    fused = run(attention(layout, 1e-5), x, y, grad)
+    eager = run(lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, 1e-5, False)[0], x, y, grad)
+    expected = run(lambda x, y: reference(x, y, layout, 1e-5), x.double(), y.double(), grad)
+    for f, g, e in zip(fused, eager, expected, strict=True):
+        assert relative(f, e) <= 1.2 * relative(g, e)
+
+
+def test_strided_x_is_read_in_place():
+    x, y, grad = operands((5, 20, 24, 5), "paper", False, torch.float32)
+    pooled = torch.cat([x.detach(), x.detach()], dim=2)[..., :24]
+    assert _triton._addressable(pooled) is pooled
+    actual = run(lambda x, y: attention("paper")(torch.cat([x, x], 2)[..., :24], y), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, "paper"), x, y, grad)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative(a, e.double()) <= 1e-6
+
+
+def test_x_strided_along_its_last_dimension_is_copied():
+    x, y, grad = operands((5, 20, 24, 5), "wukong", True, torch.float32)
+    actual = run(lambda x, y: attention("wukong")(x.mT.contiguous().mT, y), x, y, grad)
+    expected = run(lambda x, y: reference(x, y, "wukong"), x, y, grad)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative(a, e.double()) <= 1e-6
+
+
+def test_opcheck_of_the_saved_state():
+    x, y, _ = operands((3, 5, 7, 3), "paper", False, torch.float32)
+    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, "paper", 1e-3, True))
