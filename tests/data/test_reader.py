@@ -1,8 +1,12 @@
 """BatchReader: which rows come when. Oracles work on the row ids and on plain Python."""
 
 import dataclasses
+import subprocess
+import sys
 import threading
 import time
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
+from c2al.data.encode import Encoder, Rows
 from c2al.data.parquet import BatchReader
 from c2al.data.schema import Statistics
 from c2al.errors import ConfigError, DataError
@@ -18,8 +23,8 @@ NO_STATISTICS = Statistics(moments={}, vocabularies={})
 DATA = DataConfig(
     dense=(DenseFeature(column="x", transforms=()),),
     sparse=(
-        SparseFeature(column="id", encoding="identity", num_embeddings=100_000),
-        SparseFeature(column="bag", encoding="identity", num_embeddings=10_000, max_length=3),
+        SparseFeature(column="id", encoding="identity", num_embeddings=1_000_000),
+        SparseFeature(column="bag", encoding="identity", num_embeddings=1_000_000, max_length=3),
     ),
     shuffle_rows=64,
 )
@@ -210,6 +215,62 @@ def test_an_error_in_the_background_reaches_the_consumer_and_ends_the_threads(tm
     ):
         list(reader(paths))
     assert not readers_alive()
+
+
+def test_a_shard_holds_one_encoded_row_group(tmp_path, monkeypatch):
+    """However many row groups the data set has: what bounds memory."""
+    paths = write(tmp_path / "d", [8000], rows_a_group=20)
+    alive, most = weakref.WeakSet(), []
+    encode = Encoder.encode
+
+    def tracked(*args):
+        rows = encode(*args)
+        alive.add(holder := Holder(rows))
+        most.append(len(alive))
+        return holder
+
+    class Holder(Rows):
+        """Rows that a WeakSet can hold: known by identity, not by value."""
+
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+        def __init__(self, rows):
+            self.__dict__.update(vars(rows))
+
+    monkeypatch.setattr(Encoder, "encode", tracked)
+    assert sum(b.rows for b in reader(paths)) == 8000
+    assert len(most) >= 400
+    # The eight kept ones, and one being replaced.
+    assert max(most) <= 9
+
+
+MEMORY_PROBE = """
+import resource, sys
+import test_reader
+from pathlib import Path
+folder, files = Path(sys.argv[1]), int(sys.argv[2])
+paths = tuple(str(folder / f"part-{n:03d}.parquet") for n in range(files))
+data = test_reader.dataclasses.replace(test_reader.DATA, shuffle_rows=8192)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = sum(b.rows for b in test_reader.reader(paths, data, batch_size=1024))
+print(rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_rows(tmp_path):
+    write(tmp_path / "d", [90_000] * 10, rows_a_group=10_000)
+    dataset = pq.read_table(tmp_path / "d").nbytes / 2**20
+    grown = {}
+    for files in (1, 10):
+        words = [sys.executable, "-c", MEMORY_PROBE, str(tmp_path / "d"), str(files)]
+        out = subprocess.run(
+            words, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.split()
+        assert int(out[0]) == 90_000 * files
+        grown[files] = float(out[1])
+    assert grown[10] - grown[1] < 0.5 * dataset, (grown, dataset)
 
 
 def test_prefetch_is_bounded(tmp_path):
