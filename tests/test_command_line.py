@@ -15,7 +15,11 @@ def test_every_job_explains_itself():
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys; from c2al.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from c2al.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"
 
