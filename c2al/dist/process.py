@@ -23,6 +23,9 @@ from c2al.errors import BackendError, C2ALError, ConfigError, TrainingError
 
 T = TypeVar("T")
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Environment variable that makes torchrun start every attempt with a store of its own."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -155,6 +158,13 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
     environment = os.environ
     where = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     who = f"rank {environment['RANK']} of {environment.get('WORLD_SIZE')}"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and environment["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        # torch 2.13 keeps one store over all restarts and no longer tells them apart in it: a restarted
+        # rank can read where a dead one listened, and waits for it until the timeout.
+        raise TrainingError(
+            f"{who}: torchrun with restarts shares its store between them, on which restarted ranks hang; "
+            f"set {FRESH_STORE}=1 where torchrun runs, as launch/components.py does"
+        )
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as e:  # DistError and its kin are RuntimeErrors

@@ -126,6 +126,15 @@ def test_a_rank_that_is_gone_or_silent_is_an_error_for_the_others(how):
     assert "TrainingError: rank 0: a collective failed, another rank is gone or was silent for 3 s" in str(e.value)
 
 
+def test_restarts_that_share_a_store_are_refused(monkeypatch):
+    """torchrun's default, on which a restarted rank sometimes meets a dead one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(TrainingError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(CPU):
+        pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_that_is_not_there_is_refused():
     with pytest.raises(BackendError, match="no CUDA device"), process_group(DistConfig(device="cuda")):

@@ -7,6 +7,7 @@ import yaml
 from torchx.runner import get_runner
 
 from c2al.config import load_config
+from c2al.dist.process import FRESH_STORE
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["train", "score", "discover", "experiment"]
@@ -31,6 +32,7 @@ def test_a_job_runs_on_as_many_workers_as_asked(job):
     text, env = command(job, ["-j", "1x2", "--max_restarts", "7", "--log_dir", "/logs"])
     assert "--nnodes 1 --nproc_per_node 2" in text
     assert text.endswith(f"-m c2al {job} --output 'a b'")
+    assert env[FRESH_STORE] == "1"
     assert (env["PET_MAX_RESTARTS"], env["PET_LOG_DIR"], env["OMP_NUM_THREADS"]) == ("7", "/logs", "1")
 
 
