@@ -36,8 +36,8 @@ SURFACE_SHARES = (0.52, 0.23, 0.10, 0.08, 0.07)
 COHORT_OF_SURFACE = np.array([0, 0, 0, 1, 2])
 DEVICES = tuple(f"{maker}-{model}" for maker in ("apple", "samsung", "xiaomi", "pixel") for model in range(1, 11))
 COUNTRIES = ("br", "de", "gb", "id", "in", "jp", "mx", "us")
-TOPICS, LATENT = 64, 6
-MAX_INTERESTS, MAX_TOPICS = 8, 4
+TOPICS, LATENT = 24, 4
+MAX_INTERESTS, MAX_TOPICS = 5, 3
 PRICE_SLOPE = np.array([0.25, -0.2, -0.9])
 AFFINITY = np.array([2.0, 2.0, 2.4])
 
