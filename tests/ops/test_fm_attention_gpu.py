@@ -24,9 +24,11 @@ KINDS = ("bfloat16", "float16", "tf32", "float32")
 
 
 @pytest.fixture(params=KINDS)
-def kind(request, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", request.param == "tf32")
-    return request.param
+def kind(request):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param == "tf32"
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def on_gpu(size, layout, shared, kind):

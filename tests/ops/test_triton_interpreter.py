@@ -11,7 +11,7 @@ import pytest
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     cases = Path(__file__).with_name("triton_interpreter_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--durations=3", "-p", "no:cacheprovider", str(cases)]
+    command = [sys.executable, "-m", "pytest", "-x", "--durations=3", "-p", "no:cacheprovider", str(cases)]
     done = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
     )

@@ -14,6 +14,7 @@ from fm_reference import assert_within_rounding, operands, reference, relative, 
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from c2al.ops import _triton, fm_attention  # noqa: F401  (registers the op)
+from c2al.ops._triton_config import configurations
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before Triton is imported"
 
@@ -41,6 +42,9 @@ def _cast(self, source, target):
 InterpreterBuilder.create_dot = _dot
 InterpreterBuilder.cast_impl = _cast
 
+# Long rows have no ieee kernels; the interpreter multiplies exactly under either name.
+torch.backends.cuda.matmul.allow_tf32 = True
+
 SIZES = {  # B, M, D, K
     "odd": (5, 20, 24, 5),
     "several tiles": (2, 70, 70, 17),
@@ -51,11 +55,14 @@ SIZES = {  # B, M, D, K
 }
 
 
-@pytest.fixture(autouse=True, params=[0, -1], ids=["first candidate", "last candidate"])
-def one_candidate(request, monkeypatch):
-    """The autotuner needs a card: every test runs with one end of its choices, and on two programs."""
-    every = _triton.configurations
-    monkeypatch.setattr(_triton, "configurations", lambda *a: [every(*a)[request.param]])
+def use_candidate(monkeypatch, index):
+    """The autotuner needs a card: take the candidate of this index without timing."""
+    monkeypatch.setattr(_triton, "configurations", lambda *a: [configurations(*a)[index]])
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    use_candidate(monkeypatch, 0)
     monkeypatch.setattr(_triton, "_resident_programs", lambda device: 2)
 
 
@@ -63,17 +70,12 @@ def attention(layout, norm_eps=None):
     return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps, True)[0]
 
 
-@pytest.fixture(autouse=True)
-def tf32_where_ieee_has_no_kernel(monkeypatch):
-    """Long rows have no ieee kernels; the interpreter multiplies exactly under either name."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
 @pytest.mark.parametrize("layout", ["paper", "wukong"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_output_and_every_gradient(dtype, size, layout, shared):
+@pytest.mark.parametrize(("dtype", "candidate"), [("float32", 0), ("float16", 0), ("bfloat16", 0), ("bfloat16", -1)])
+def test_output_and_every_gradient(dtype, candidate, size, layout, shared, monkeypatch):
+    use_candidate(monkeypatch, candidate)
     x, y, grad = operands(size, layout, shared, getattr(torch, dtype))
     if size[0] == 0:
         out, dx, dy = run(attention(layout), x, y, grad)
