@@ -3,10 +3,11 @@
     python scripts/fault_drill.py --output runs/drill --kills 20
 
 Trains the demo model with `torchx run` on two ranks, once undisturbed and once with a random worker
-SIGKILLed again and again: half of the times while a checkpoint is being written, else at a random
-moment from the workers' start (imports and rendezvous included) to well into training. After every
-kill each checkpoint there is must load; the run must finish by itself, with the undisturbed run's
-weights bit for bit. Prints a line a kill; exit status 0 means all of that held.
+SIGKILLed again and again: half of the times while a checkpoint is being written (not the first after a
+start, or nothing would ever get done), else at a random moment from the workers' start (imports and
+rendezvous included) to well into training. After every kill each checkpoint there is must load; the run
+must finish by itself, with the undisturbed run's weights bit for bit. Prints a line a kill; exit status 0
+means all of that held.
 """
 
 import argparse
@@ -43,10 +44,15 @@ class Drill:
         """Raises AssertionError at the first thing that does not hold."""
         shutil.rmtree(self.output, ignore_errors=True)
         synthesise(SynthConfig(rows=40_000), self.output / "data")
+        # Read again at every restart, while the repository may move on.
+        shutil.copy(ROOT / "launch" / "configs" / "demo.toml", self.output / "config.toml")
         startup = self.train("undisturbed", kills=0, startup=0.0)
         print(f"undisturbed: first checkpoint {startup:.1f} s after the workers' start", flush=True)
         self.train("disturbed", kills, startup)
-        expected, actual = (load_unsharded(newest(self.output / name)) for name in ("undisturbed", "disturbed"))
+        expected, actual = (
+            load_unsharded(self.output / name / "checkpoints" / f"step-{self.steps:08d}")
+            for name in ("undisturbed", "disturbed")
+        )
         assert expected.keys() == actual.keys()
         for name, tensor in expected.items():
             difference = (tensor - actual[name]).abs().max()
@@ -59,7 +65,7 @@ class Drill:
         command = [
             *("torchx", "run", "-s", "local_cwd", "-cfg", f"log_dir={self.output / 'logs'}"),
             *(f"{ROOT}/launch/components.py:train", "-j", f"1x{RANKS}", "--max_restarts", str(kills), "--"),
-            *("--config", f"{ROOT}/launch/configs/demo.toml", "--output", str(folder)),
+            *("--config", str(self.output / "config.toml"), "--output", str(folder)),
             *("--data.train", f'["{self.output / "data" / "train"}"]', "--data.validation", "[]", "--data.test", "[]"),
             *("--train.batch_size", "256", "--train.epochs", "1000", "--train.max_steps", str(self.steps)),
             *("--train.checkpoint.every_steps", str(self.checkpoint_every)),
@@ -88,10 +94,16 @@ class Drill:
     ) -> None:
         if self.random.random() < 0.5:
             moment = "while writing a checkpoint"
-            wait(lambda: process.poll() is not None or any(checkpoints.glob(".unfinished-*")), pause=0.0005)
+            before, more = newest_step(checkpoints), self.random.randint(1, 4)
+
+            def over() -> bool:
+                return process.poll() is not None
+
+            wait(lambda: over() or newest_step(checkpoints) >= before + more * self.checkpoint_every)
+            wait(lambda: over() or any(checkpoints.glob(".unfinished-*")), pause=0.0005)
             time.sleep(self.random.uniform(0, 0.01))
         else:
-            seconds = self.random.uniform(0, 1.2 * startup)
+            seconds = self.random.uniform(0, 1.5 * startup)
             moment = f"{seconds:.1f} s after the start"
             time.sleep(seconds)
         victim = self.random.choice(workers)
@@ -106,8 +118,8 @@ class Drill:
         print(f"kill {number + 1}: {moment}; {[p.name for p in found]} load", flush=True)
 
 
-def newest(run: Path) -> Path:
-    return max((run / "checkpoints").glob("step-*"))
+def newest_step(checkpoints: Path) -> int:
+    return max((int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")), default=0)
 
 
 def live_workers(process: subprocess.Popen[bytes]) -> list[int]:
@@ -149,7 +161,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; replaced if it exists")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3000, help="of the run; more than 20 kills need more")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run; more than 20 kills need more")
     parser.add_argument("--checkpoint-every", type=int, default=25, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()

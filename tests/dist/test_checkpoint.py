@@ -76,9 +76,18 @@ def test_an_asynchronous_save_returns_before_it_is_written(tmp_path, world, monk
     monkeypatch.setattr(writer, "_save", lambda *args: (gate.wait(30), save(*args)))
     writer.save(1, dmp, optimizer, {})
     assert names(tmp_path) == []
+    saved = {n: p.detach().clone() for n, p in dmp.module.named_parameters() if n.startswith("over")}
+    user = local_tables(dmp)[0].blocks[0].weight_RD
+    saved_user = user.clone()
+    with torch.no_grad():
+        for p in [user, *dmp.module.over.parameters()]:
+            p.zero_()  # what training goes on to do must not reach the checkpoint
     gate.set()
     writer.wait()
     assert names(tmp_path) == ["step-00000001"]
+    tensors = load_unsharded(tmp_path / "step-00000001")
+    assert torch.equal(tensors["ebc.embedding_bags.user.weight"], saved_user)
+    assert all(torch.equal(tensors[n], p) for n, p in saved.items())
 
 
 def test_model_alone_can_be_loaded(tmp_path, world):

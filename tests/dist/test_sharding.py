@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -245,6 +246,16 @@ print(json.dumps({{n: [p.sharding, p.ranks] for n, p in plan.items()}}))
 """
 
 
+def test_the_plan_does_not_depend_on_the_order_of_equal_options(monkeypatch):
+    """The stock enumerator's order changes from run to run: it walks sets of strings."""
+    overrides = {"dist__sharding": MODEL_PARALLEL, "dist__tables": [{"name": "item", "min_partition": 4}]}
+    plan = plan_of(shard(**overrides))
+    stock = EmbeddingEnumerator.enumerate
+    monkeypatch.setattr(EmbeddingEnumerator, "enumerate", lambda *args, **kwargs: stock(*args, **kwargs)[::-1])
+    assert plan_of(shard(**overrides)) == plan
+
+
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_pythons_hash_seed():
     here = Path(__file__).parent
     script = CHOOSE.format(here=str(here), tests=str(here.parent))
