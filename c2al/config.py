@@ -177,7 +177,7 @@ class FMConfig:
     k: int = 8
     """Columns of Y."""
     hidden: int = 64
-    """Hidden units of the attention MLP (y = 'mlp')."""
+    """Hidden units of the MLP that turns G into fields and, with y = 'mlp', of the attention MLP."""
 
     def problems(self) -> Problems:
         for field in ("k", "hidden"):
