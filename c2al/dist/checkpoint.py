@@ -132,7 +132,8 @@ class Checkpointer:
         """Writes step-STEP. `extra` (rank 0's) is JSON: whatever else a resumed run needs, e.g. the
         data position; `ne` ranks the checkpoint for `keep_best`.
 
-        When asynchronous, returns once the state is copied; a write still going on is awaited first.
+        When asynchronous, returns once this rank's share is copied to host memory, as much again as
+        it holds; a write still going on is awaited first.
         A step that is already there keeps its tensors (the run is at the same place) and gets the
         new `extra` and `ne`. Raises CheckpointError.
         """

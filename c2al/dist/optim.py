@@ -4,6 +4,9 @@ for the rest, one schedule for both.
 Row-wise Adagrad, for the gradient g of a row of D columns: m += mean(g^2); w -= lr * g / (sqrt(m) + eps).
 A table split by columns keeps one m for each column block, over the mean of that block's columns: the
 number of column blocks belongs to the arithmetic of a run, the number of ranks does not.
+
+A fused table is updated by every backward. Where batches are accumulated before a step, a data_parallel
+table is updated once, by their summed gradient, like the dense part.
 """
 
 import math

@@ -10,7 +10,6 @@ the plan or of the number of ranks.
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +45,6 @@ from torchrec.optim import RowWiseAdagrad
 from c2al.config import Config, DistConfig, write_atomically
 from c2al.dist.process import World
 from c2al.errors import PlanError
-
-logger = logging.getLogger(__name__)
 
 GIB = 2**30
 INIT_ROWS = 8192
