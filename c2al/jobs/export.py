@@ -8,9 +8,10 @@ Writes a folder:
 """
 
 import argparse
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def export(
             dynamic_shapes=({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows}),
         )
         torch.export.save(program, partial / "model.pt2")
-        proof = _prove(partial / "model.pt2", training, [first], batches, path)
+        proof = _prove(partial / "model.pt2", training, itertools.chain([first], batches), path)
         write_atomically(partial / "proof.json", json.dumps(proof, indent=2) + "\n")
         write_atomically(partial / "statistics.json", run.statistics.to_json())
         save_config(run.config, partial / "config.toml")
@@ -136,14 +137,12 @@ def _arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
 
 
-def _prove(
-    artifact: Path, training: C2ALModel, seen: list[Batch], batches: object, checkpoint: Path
-) -> dict[str, Any]:
+def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkpoint: Path) -> dict[str, Any]:
     """Reloads the artifact and compares it, on every held-out row, with the training model."""
     program = torch.export.load(artifact)
     module, rows = program.module(), 0
     with torch.no_grad():
-        for batch in (*seen, *batches):  # type: ignore[misc]
+        for batch in batches:
             expected_B = primary_prediction(training(batch.dense_BF, batch.sparse))
             served_B = module(*_arguments(batch))
             if not torch.equal(expected_B, served_B):
