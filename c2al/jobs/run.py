@@ -15,13 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from c2al.cohorts import CohortSpec, read_cohorts
 from c2al.config import Config, load_config, save_config, write_atomically
-from c2al.data.schema import Statistics, fit_statistics
+from c2al.data.schema import Statistics, check_columns, fit_statistics
+from c2al.data.source import open_dataset
 from c2al.dist.process import World
-from c2al.errors import ConfigError
+from c2al.errors import CohortError, ConfigError
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it:
 # nothing that changes the sequence of weights.
@@ -87,10 +89,10 @@ def _start(path: Path, config: Config, cohorts: Path | None) -> Run:
         )
     if not config.train.auxiliary and cohorts is not None:
         raise ConfigError(f"{cohorts}: cohorts without effect, since train.lambda_head and train.lambda_tail are 0")
-    if cohorts is not None:
-        read_cohorts(cohorts).chosen()
     if (path / "config.toml").exists():
         _refuse_another_run(path, config, cohorts)
+    elif cohorts is not None:
+        _refuse_empty_cohorts(cohorts, config)
     statistics = path / "statistics.json"
     text = statistics.read_text() if statistics.exists() else fit_statistics(config.data.train, config.data).to_json()
     write_atomically(statistics, text)
@@ -114,6 +116,35 @@ def _refuse_another_run(path: Path, config: Config, cohorts: Path | None) -> Non
             changed.append(f"{path}: holds a run with other cohorts than {cohorts}; give another --output")
     if changed:
         raise ConfigError(changed)
+
+
+def _refuse_empty_cohorts(path: Path, config: Config) -> None:
+    """An auxiliary head whose label is never 1 would learn nothing but its bias. Reads the training
+    split only until both cohorts have shown a positive."""
+    missing = dict(zip(("head", "tail"), read_cohorts(path).chosen(), strict=True))
+    columns = {column for cohort in missing.values() for column in cohort.columns} | {config.data.label}
+    files = open_dataset(config.data.train)
+    check_columns(files, config.data, tuple(columns - {config.data.label}))
+    rows = dict.fromkeys(missing, 0)
+    for file in files:
+        for group in range(len(file.row_group_rows)):
+            table = file.read(group, sorted(columns))
+            positive_R = np.asarray(table[config.data.label]) == 1
+            for name, cohort in list(missing.items()):
+                member_R = cohort.membership(table)
+                rows[name] += int(member_R.sum())
+                if (member_R & positive_R).any():
+                    del missing[name]
+            if not missing:
+                return
+    raise CohortError(
+        "\n".join(
+            f"{path}: the {name} cohort {cohort.axis} = {cohort.name} has "
+            + (f"{rows[name]} rows but no positives" if rows[name] else "no rows")
+            + f" in data.train ({', '.join(config.data.train)})"
+            for name, cohort in missing.items()
+        )
+    )
 
 
 def _flat(tree: Any, path: str = "") -> Any:

@@ -18,7 +18,7 @@ from c2al.dist.checkpoint import load_unsharded
 from c2al.dist.process import process_group
 from c2al.errors import CheckpointError, ConfigError, TrainingError
 from c2al.jobs.train import train
-from impressions import splits, tree, write_impressions
+from impressions import splits, tree, write_cohorts, write_impressions
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +182,23 @@ def test_auxiliary_losses_need_cohorts(config, world, tmp_path):
     with pytest.raises(ConfigError, match="need the cohorts; give --cohorts"):
         train(replace(config, **{"train.lambda_head": 0.1}), tmp_path / "run", world)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("label", "found"), [(1, "no rows"), (0, "64 rows but no positives")])
+def test_a_cohort_that_can_teach_nothing_is_refused(tmp_path, capsys, label, found):
+    surface = ["feed"] * 64 if label else ["story"] * 64
+    write_impressions(tmp_path / "train", 64, surface=surface, label=np.full(64, label, np.int8))
+    write_cohorts(tmp_path / "cohorts.json")
+    save_config(parse_config(tree(tmp_path)), tmp_path / "c.toml")
+    words = ["--cohorts", str(tmp_path / "cohorts.json"), "--train.lambda_tail", "0.5", "--data.validation", "[]"]
+    assert main(["train", "--config", str(tmp_path / "c.toml"), "--output", str(tmp_path / "run"), *words]) == 2
+    message = capsys.readouterr().err
+    assert f"cohorts.json: the tail cohort surface = story has {found} in data.train" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_undefined_ne_is_none_in_the_log(config, world, tmp_path):
+    folder = write_impressions(tmp_path / "one_class", 256, 9, label=np.ones(256, np.int8))
+    ne = train(replace(config, **{"data.validation": (str(folder),)}), tmp_path / "run", world)
+    assert ne is None
+    assert records(tmp_path / "run", "validation")[-1]["primary"]["all"]["ne"] is None
