@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,7 +302,10 @@ def load_unsharded(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         assert isinstance(metadata, TensorStorageMetadata)
         tensors[name] = torch.empty(shape, dtype=metadata.properties.dtype)
     state = {_model_key(name): [Piece.whole(tensor)] for name, tensor in tensors.items()}
-    _run_dcp(folder, "loaded", lambda: dcp_load(state, storage_reader=reader, planner=BlockLoader(), no_dist=True))
+    with warnings.catch_warnings():
+        # DCP warns that it assumes a single process, which no_dist has just told it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        _run_dcp(folder, "loaded", lambda: dcp_load(state, storage_reader=reader, planner=BlockLoader(), no_dist=True))
     return tensors
 
 

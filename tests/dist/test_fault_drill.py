@@ -26,7 +26,7 @@ def drill(folder: Path, *flags: str) -> str:
 @pytest.mark.timeout(300)
 def test_a_kill_while_a_checkpoint_is_written_does_not_matter(tmp_path):
     """Seed 1 kills while writing; the run restarts by itself and ends with the undisturbed run's weights."""
-    out = drill(tmp_path / "drill", "--kills", "1", "--steps", "60", "--checkpoint-every", "10", "--seed", "1")
+    out = drill(tmp_path / "drill", "--kills", "1", "--steps", "600", "--checkpoint-every", "20", "--seed", "1")
     assert "kill 1: while writing a checkpoint" in out
     assert out.endswith("1 kills: final weights equal bit for bit\n")
 
