@@ -13,6 +13,7 @@ and whether or not the scan was killed and started again.
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from c2al.data.source import open_dataset
 from c2al.discovery.describe import describe, table
 from c2al.discovery.scan import Accumulators, Columns, Cuts
 from c2al.dist.process import World, process_group
-from c2al.errors import CohortError, ConfigError
+from c2al.errors import CohortError, ConfigError, DataError
 from c2al.jobs._discover_figure import write_densities
 from c2al.jobs._discover_scan import scan, together
 
@@ -82,7 +83,15 @@ def discover(
     files = together(world, lambda: open_dataset(scores))
     earlier = together(world, lambda: _percentile_cuts(cuts_of, axes) if cuts_of else {})
     unfinished = output / "unfinished"
-    total = scan(files, axes, config, columns, unfinished, world, earlier)
+    try:
+        total = scan(files, axes, config, columns, unfinished, world, earlier)
+    except (DataError, CohortError):
+        # Whoever mends the input must not go on from what was counted of the old one.
+        if world.rank == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                output.rmdir()
+        raise
     if world.rank == 0:
         _write(total, config, output)
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -346,7 +346,7 @@ def test_bad_input_is_named(tmp_path, capsys, table, words):
     message = capsys.readouterr().err
     assert code == 2
     assert words in message
-    assert not (output / "cohorts.json").exists()
+    assert not output.exists()
 
 
 def test_a_truncated_file_is_named(data, tmp_path, capsys):
