@@ -78,7 +78,7 @@ class Trainer:
 
     def __init__(self, run: Run, world: World):
         self.run, self.world, self.config = run, world, run.config
-        self.steps_per_epoch = self._reader(epoch=0).steps
+        self.steps_per_epoch = self.reader(epoch=0).steps
         self.total = self.steps_per_epoch * self.config.train.epochs
         if self.config.train.max_steps:
             self.total = min(self.total, self.config.train.max_steps)
@@ -117,7 +117,7 @@ class Trainer:
         with Interrupt() as interrupt, self._progress_bar(last) as bar, self._profiler() as profiler:
             while self.step < last:
                 self.step += 1
-                self._advance(batches)
+                self.advance(batches)
                 bar.update()
                 profiler.step()
                 if self._due(1 if self.world.size == 1 else train.log_every) or self.step == last:
@@ -136,7 +136,8 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _reader(self, epoch: int, start_step: int = 0) -> BatchReader:
+    def reader(self, epoch: int, start_step: int = 0) -> BatchReader:
+        """This rank's part of an epoch of the training split."""
         data = self.config.data
         return BatchReader(
             data.train,
@@ -157,7 +158,7 @@ class Trainer:
         """The batches after step `done` up to step `last`; the pipeline runs on through the ends of epochs."""
         epoch, start = divmod(done, self.steps_per_epoch)
         readers = itertools.chain(
-            [self._reader(epoch, start)], (self._reader(e) for e in range(epoch + 1, self.config.train.epochs))
+            [self.reader(epoch, start)], (self.reader(e) for e in range(epoch + 1, self.config.train.epochs))
         )
         batches = itertools.islice(itertools.chain.from_iterable(readers), last - done)
         while True:
@@ -167,7 +168,8 @@ class Trainer:
                 return
             yield batch
 
-    def _advance(self, batches: Iterator[Batch]) -> None:
+    def advance(self, batches: Iterator[Batch]) -> None:
+        """One step: forward, backward, update, and the sums of the metrics."""
         self.world.seed_step(self.config.seed, self.step)
         # The last step of all is an optimizer step whatever is accumulated.
         task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=self.step == self.total)
