@@ -67,8 +67,8 @@ def scan(
         cuts = {**fixed_cuts(axes), **earlier_cuts}
         open_axes = [a for a in axes if a.kind == "percentiles" and a.name not in cuts]
         cuts |= _percentile_cuts(files, open_axes, config, world)
-        if world.rank == 0:
-            write_atomically(cuts_file, json.dumps({"identity": identity, "cuts": cuts}))
+        saved = json.dumps({"identity": identity, "cuts": cuts})
+        together(world, lambda: write_atomically(cuts_file, saved) if world.rank == 0 else None)
 
     def count() -> Accumulators:
         kept = empty = Accumulators.empty(axes, cuts, config.jackknife)

@@ -92,10 +92,9 @@ def discover(
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
+    together(world, lambda: _write(total, config, output) if world.rank == 0 else None)
     if world.rank == 0:
-        _write(total, config, output)
         shutil.rmtree(unfinished, ignore_errors=True)
-    world.barrier()
     return read_cohorts(output / "cohorts.json")
 
 
