@@ -31,7 +31,7 @@ from c2al.diagnostics import YRecorder
 from c2al.dist.checkpoint import Checkpointer
 from c2al.dist.optim import Optimizer, make_optimizer
 from c2al.dist.process import World, process_group
-from c2al.dist.sharding import plan_table, shard_model
+from c2al.dist.sharding import plan_table, save_plan, shard_model
 from c2al.errors import C2ALError, TrainingError
 from c2al.jobs.run import MetricsLog, Run, start_run
 from c2al.metrics import BinaryMetrics, Metric, Sums
@@ -108,6 +108,7 @@ class Trainer:
         self.ne: float | None = None
         self.log = MetricsLog(run.path, self.step) if world.rank == 0 else None
         if world.rank == 0:
+            save_plan(self.model, run.path / "plan.json")
             print(plan_table(self.model), file=sys.stderr)
 
     def train(self, stop_after: int | None) -> float | None:
