@@ -331,6 +331,12 @@ class TrainConfig:
         for field in ("batch_size", "accumulate", "epochs", "log_every"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
+        if self.accumulate > 1 and self.checkpoint.every_steps % self.accumulate:
+            yield (
+                "checkpoint.every_steps",
+                f"must be a multiple of accumulate = {self.accumulate}: half-summed "
+                f"gradients are not saved; is {self.checkpoint.every_steps}",
+            )
         for field in ("max_steps", "lambda_head", "lambda_tail", "eval_every", "y_every", "profile_steps"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import logging
 import resource
 import shutil
 import signal
@@ -36,6 +37,8 @@ from c2al.errors import C2ALError, TrainingError
 from c2al.jobs.run import MetricsLog, Run, start_run
 from c2al.metrics import BinaryMetrics, Metric, Sums
 from c2al.model import TrainTask
+
+logger = logging.getLogger(__name__)
 
 TASKS = ("primary", "head", "tail")
 Y_BATCHES = 8
@@ -132,6 +135,8 @@ class Trainer:
                 if self._due(train.checkpoint.every_steps) or self.step == last:
                     self._save()
         self.checkpoints.wait()
+        if self.log is not None:
+            self.log.close()
         return self.ne
 
     def _due(self, every: int) -> bool:
@@ -209,6 +214,7 @@ class Trainer:
                 "lifetime": _table(lifetime),
                 "samples_per_second": speed,
                 "seconds": seconds,
+                "input_dist_overlapped": self.pipeline.overlapped,
                 "peak_memory_mib": _peak_memory_mib(self.world.device),
                 "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
             }
@@ -303,10 +309,19 @@ class Pipeline(TrainPipelineSparseDist):  # type: ignore[misc]  # torchrec is un
     """TorchRec's overlapped pipeline with its stages on our clock."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Optimizer, device: torch.device, clock: "Clock"):
-        self._clock = clock
-        super().__init__(model, optimizer, device, custom_model_fwd=self._forward)
+        self._clock, self._said = clock, False
+        self.optimizer = TimedOptimizer(optimizer, clock)
+        super().__init__(model, self.optimizer, device, custom_model_fwd=self._forward)
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether the next batch's input distribution runs ahead of this one's compute."""
+        return bool(self._pipelined_modules)
 
     def _forward(self, batch: Batch | None) -> Any:
+        if not self._said and not self.overlapped:
+            logger.warning("input distribution does not overlap compute: no sharded table can run ahead in this model")
+        self._said = True
         with self._clock.section("forward"):
             return self._model(batch)
 
@@ -337,6 +352,20 @@ def _peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
+class TimedOptimizer:
+    """An Optimizer whose updates are on the clock; what a TrainPipeline needs of one."""
+
+    def __init__(self, optimizer: Optimizer, clock: "Clock"):
+        self._optimizer, self._clock = optimizer, clock
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        with self._clock.section("optimizer"):
+            self._optimizer.step()
+
+
 class Clock:
     """Where the time between two log lines went, in seconds as the host sees it."""
 
@@ -353,8 +382,8 @@ class Clock:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def lap(self) -> dict[str, float]:
-        """Seconds by section since the last lap; "total" is all of it, "other" (the
-        optimizer, input distribution, metrics) what no section took."""
+        """Seconds by section since the last lap; "total" is all of it, "other" (input
+        distribution, metrics, logging) what no section took."""
         now = time.perf_counter()
         total, self._start = now - self._start, now
         seconds, self._seconds = self._seconds, {}

@@ -61,7 +61,15 @@ def test_training_learns_and_writes_its_folder(config, world, tmp_path):
     assert records(tmp_path / "run", "validation")[-1]["primary"]["all"]["ne"] == ne
     (y,) = records(tmp_path / "run", "y")
     assert any(layer.get("near_zero") is not None for layer in y.values() if isinstance(layer, dict))
+    assert {"data", "forward", "backward", "optimizer", "other"} <= last["seconds"].keys()
+    assert last["input_dist_overlapped"]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_profiler_trace_on_request(config, world, tmp_path):
+    train(replace(config, **{"train.profile_steps": 2}), tmp_path / "run", world)
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert "## forward" in trace.read_text()
 
 
 def test_resumed_equals_uninterrupted(config, world, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,13 @@ def test_bad_data_on_one_rank_ends_both_with_its_message(tmp_path):
     assert "7" in done.stderr
     assert "part-0.parquet" in done.stderr
     assert not list((tmp_path / "run").glob("checkpoints/step*"))
+
+
+def test_a_nonfinite_loss_ends_every_rank_within_a_minute(tmp_path):
+    config = replace(splits(tmp_path), **{"train.optimizer.dense_lr": 1e30, "train.epochs": 1000})
+    save_config(config, tmp_path / "c.toml")
+    start = time.monotonic()
+    done = launch(tmp_path / "c.toml", tmp_path / "run", 2)
+    assert done.returncode != 0
+    assert done.stderr.count("the loss is not finite") >= 2, done.stderr
+    assert time.monotonic() - start < 60
