@@ -40,7 +40,7 @@ def noise_trap(largest):
     ("largest", "rules"),
     [
         (100_000, ["js", "kl", "cosine", "wasserstein", "wasserstein_logit"]),
-        pytest.param(5_000_000, ["js"], marks=pytest.mark.slow),
+        (5_000_000, ["js"]),
     ],
 )
 def test_the_noise_trap_yields_the_true_pair(largest, rules):
