@@ -2,7 +2,7 @@
 
     python benchmarks/fm_attention.py [--threads 2] [--rounds 15] [--device cpu]
 
-Every round times every variant once, so that whatever else the machine does falls on all alike; a
+Every round times a short burst of every variant, so that whatever else the machine does falls on all alike; a
 row is the median of the rounds, a speed-up the median of the rounds' own ratios, and "best" compares
 the fastest round of each, which a busy machine distorts least. GB/s counts the fewest bytes any
 kernel must move. Prints a table and writes it with machine, date and versions to benchmarks/results/.
@@ -29,9 +29,11 @@ from c2al.config import write_atomically
 from c2al.ops.fm_attention import fm_attention
 
 SHAPES = ((16, 64, 8), (48, 64, 16), (128, 128, 32), (512, 128, 64), (256, 256, 64))
-CPU_ELEMENTS = 2**22
+CPU_ELEMENTS = 2**23
 """Elements of x on the CPU: well beyond its caches, as a training batch is."""
 GPU_BATCH = 16384
+BURST = 5
+"""Calls of one variant in a turn: gram and einsum write tens of megabytes between its turns."""
 
 Variant = Callable[[Tensor, Tensor], Tensor]
 
@@ -76,6 +78,12 @@ def variants(device: str) -> dict[str, Variant]:
     return {"chain": chain, "gram": gram, "einsum": einsum, "compiled": compiled, "ours": ours}
 
 
+def burst(work: Callable[[], object], device: str) -> float:
+    """Mean seconds of a few calls in a row, after one that refills the caches the variant before has emptied."""
+    work()
+    return statistics.mean(timed(work, device) for _ in range(BURST))
+
+
 def timed(work: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cuda":
@@ -114,7 +122,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
         seconds: dict[str, list[float]] = {variant: [] for variant in every}
         for turn in range(rounds + 2):  # the first two warm up: compilation, tuning, page faults
             for variant, function in every.items():
-                spent = timed(functools.partial(work, function), device)
+                spent = burst(functools.partial(work, function), device)
                 if turn >= 2:
                     seconds[variant].append(spent)
         for variant, spent in seconds.items():
