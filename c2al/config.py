@@ -214,7 +214,9 @@ class ModelConfig:
     attention_heads: int = 2
     """Heads of the multi-head self-attention; divides embedding_dim."""
     head_hidden: tuple[int, ...] = (64,)
-    """Hidden units of each prediction head."""
+    """Hidden units of the primary head."""
+    auxiliary_hidden: tuple[int, ...] = ()
+    """Hidden units of each auxiliary head; none: linear in the encoder's features."""
     dropout: float = 0.0
     """Probability, after every DHEN layer."""
     fm: FMConfig = FMConfig()
@@ -225,7 +227,7 @@ class ModelConfig:
         for field in ("layers", "dense_tokens", "cross_rank", "attention_heads"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
-        for field in ("dense_hidden", "head_hidden"):
+        for field in ("dense_hidden", "head_hidden", "auxiliary_hidden"):
             if any(h < 1 for h in getattr(self, field)):
                 yield field, f"units must be at least 1, is {list(getattr(self, field))}"
         if self.fields < 0:

@@ -39,7 +39,7 @@ class OverArch(nn.Module):
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
         # Last, so that whatever is above is initialised alike with and without auxiliary heads.
-        self.heads = Heads(self.dhen.out_fields * self.dim, list(model.head_hidden), auxiliary)
+        self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, auxiliary, model.auxiliary_hidden)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
