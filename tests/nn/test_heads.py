@@ -21,13 +21,20 @@ def test_auxiliary_heads_change_nothing_else():
 
 
 def test_columns_are_primary_head_tail():
-    heads = Heads(8, (6,), auxiliary=True)
+    heads = Heads(8, (6,), auxiliary=True, auxiliary_hidden=(4,))
     h_BF = torch.randn(5, 8)
     for column, name in enumerate(("primary", "head", "tail")):
         first, _, last = getattr(heads, name)
         expected = torch.clamp(h_BF @ first.weight.T + first.bias, min=0) @ last.weight.T + last.bias
         torch.testing.assert_close(heads(h_BF)[:, column : column + 1], expected, rtol=1e-5, atol=1e-6)
     assert Heads(8, (), auxiliary=False)(h_BF).shape == (5, 1)
+
+
+def test_auxiliary_heads_are_linear_by_default():
+    heads = Heads(8, (6,), auxiliary=True)
+    h_BF = torch.randn(5, 8)
+    for column, (linear,) in ((1, heads.head), (2, heads.tail)):
+        torch.testing.assert_close(heads(h_BF)[:, column], h_BF @ linear.weight[0] + linear.bias)
 
 
 def test_dense_arch_makes_tokens():
