@@ -552,14 +552,14 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     write_atomically(path, dump_config(config))
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Writes `text` so that a reader sees the old file or the whole new one, never a part."""
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes `content` (text as UTF-8) so that a reader sees the old file or the whole new one, never a part."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(temporary, 0o644)

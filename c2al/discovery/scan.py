@@ -5,18 +5,17 @@ of the cross's; so only the axes that no other axis contains are counted.
 """
 
 import dataclasses
+import io
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from c2al.cohorts import CohortSpec, Condition
-from c2al.config import Axis
+from c2al.config import Axis, write_atomically
 from c2al.discovery.codes import Categories, Cross, Encoder, Intervals, user_groups
 from c2al.discovery.histogram import COARSE, GROUPS, SLOTS, BlockCounter, Counts, Key, PreparedRows
 from c2al.errors import CheckpointError, CohortError, DataError
@@ -189,19 +188,9 @@ class Accumulators:
             for name, array in (("fine", counts.fine_CS22), ("group", counts.group_CGK)):
                 at = np.flatnonzero(array)  # most cells are empty
                 arrays |= {f"{name}{i}_shape": np.array(array.shape), f"{name}{i}_at": at, f"{name}{i}": array.flat[at]}
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as f:
-                np.savez(f, allow_pickle=False, **arrays)
-                f.flush()
-                os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        packed = io.BytesIO()
+        np.savez(packed, allow_pickle=False, **arrays)
+        write_atomically(path, packed.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> tuple["Accumulators", dict[str, Any]]:

@@ -12,23 +12,11 @@ from c2al.config import replace
 from c2al.data.parquet import BatchReader
 from c2al.data.schema import Statistics
 from c2al.dist.checkpoint import load_unsharded
-from c2al.dist.process import process_group
 from c2al.errors import ConfigError
 from c2al.jobs.export import export
 from c2al.jobs.score import score
 from c2al.jobs.train import train
-from impressions import splits, write_cohorts
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return splits(tmp_path_factory.mktemp("impressions"))
-
-
-@pytest.fixture(scope="module")
-def world(config):
-    with process_group(config.dist) as world:
-        yield world
+from impressions import write_cohorts
 
 
 @pytest.fixture(scope="module")

@@ -15,21 +15,9 @@ import torch
 from c2al.__main__ import main
 from c2al.config import parse_config, replace, save_config
 from c2al.dist.checkpoint import load_unsharded
-from c2al.dist.process import process_group
 from c2al.errors import CheckpointError, ConfigError, TrainingError
 from c2al.jobs.train import train
-from impressions import splits, tree, write_cohorts, write_impressions
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    return splits(tmp_path_factory.mktemp("impressions"))
-
-
-@pytest.fixture(scope="module")
-def world(config):
-    with process_group(config.dist) as world:
-        yield world
+from impressions import tree, write_cohorts, write_impressions
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
