@@ -1,5 +1,6 @@
 """The same global batches on 1, 2 and 4 ranks under every sharding type: the losses of plain torch."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from oracle import Oracle
 from c2al.dist.optim import make_optimizer
 from c2al.dist.process import process_group
 from c2al.dist.sharding import local_tables, plan_of, shard_model
+from c2al.metrics import BinaryMetrics
 from distributed import run_ranks
 
 STEPS = 20
@@ -82,8 +84,19 @@ def train(plans: dict[str, Path]) -> dict:
             over = {n: p.detach().clone() for n, p in dmp.module.named_parameters() if n.startswith("over")}
             optimizer = make_optimizer(dmp, config.train.optimizer, STEPS)
             losses = [toy.train_step(dmp, optimizer, s, world.rank, world.size) for s in range(STEPS)]
-            out[name] = (losses, blocks, over, {t: p.sharding for t, p in plan_of(dmp).items()})
+            out[name] = (losses, blocks, over, {t: p.sharding for t, p in plan_of(dmp).items()}, ne_of(dmp, world))
     return out
+
+
+def ne_of(dmp, world) -> float | None:
+    """NE on the batch after the last one trained on, merged over ranks as the training job does it."""
+    dense_BF, sparse, label_B = toy.batch(STEPS, world.rank, world.size)
+    metrics = BinaryMetrics(("primary",), window=1)
+    with torch.no_grad():
+        metrics.update(dmp(dense_BF, sparse)[:, None], label_B[:, None], torch.ones_like(label_B))
+    lifetime = metrics.lifetime
+    merged = dataclasses.replace(lifetime, sums_CTS=world.all_sum(lifetime.sums_CTS))
+    return merged.compute()["primary"]["all"].ne
 
 
 def assemble(per_rank: list[list]) -> dict[str, torch.Tensor]:
@@ -112,12 +125,16 @@ def launch(ranks: int, folder: Path) -> list[dict]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_plan_trains_like_plain_torch(ranks, tmp_path, one_rank):
-    _, blocks, over, _ = one_rank
+    _, blocks, over, *_ = one_rank
     tables = assemble([blocks])
-    expected = {}
+    expected, expected_ne = {}, {}
     for split in (1, 2):
         oracle = Oracle(tables, over, dict.fromkeys(toy.ROWS, split))
         expected[split] = torch.tensor([oracle.step(s) for s in range(STEPS)])
+        # A step returns the log loss before its update; over the entropy of the mean label it is the NE.
+        rate = toy.batch(STEPS, 0, 1)[2].double().mean()
+        entropy = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
+        expected_ne[split] = oracle.step(STEPS) / entropy.item()
     # The column split is part of the arithmetic: were both the same, the cases below would prove less.
     assert (expected[1] - expected[2]).abs().max() > 1e-5
 
@@ -127,7 +144,9 @@ def test_every_plan_trains_like_plain_torch(ranks, tmp_path, one_rank):
         for table in toy.ROWS:
             assert torch.equal(initial[table], tables[table]), f"{name}: initial '{table}' depends on the plan"
         for rank, result in enumerate(results):
-            losses, _, over_here, plan = result[name]
+            losses, _, over_here, plan, ne = result[name]
+            # 1e-5 of the loss, over an entropy of 0.67.
+            assert ne == pytest.approx(expected_ne[2 if name in SPLIT else 1], abs=2e-5), f"{name}: NE"
             assert name == "mixed" or name in plan.values()
             for parameter in over:
                 assert torch.equal(over_here[parameter], over[parameter]), f"{name}: {parameter} on rank {rank}"
