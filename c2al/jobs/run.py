@@ -67,10 +67,9 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
 
 def open_run(path: Path) -> Run:
     """Reads the folder of a run. Raises ConfigError when it is none."""
-    if not (path / "config.toml").exists():
-        raise ConfigError(f"{path}: not the folder of a training run (it has no config.toml)")
-    if not (path / "statistics.json").exists():
-        raise ConfigError(f"{path}: not the folder of a training run (it has no statistics.json)")
+    for name in ("config.toml", "statistics.json"):
+        if not (path / name).exists():
+            raise ConfigError(f"{path}: not the folder of a training run (it has no {name})")
     config = load_config(path / "config.toml")
     return Run(
         path=path,

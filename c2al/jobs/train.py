@@ -95,7 +95,7 @@ class Trainer:
         self.pipeline = Pipeline(self.model, self.optimizer, world.device, self.clock)
         self.accumulation = GradientAccumulationWrapper(
             self.pipeline,
-            self.optimizer,
+            self.pipeline.optimizer,  # the timed one: the wrapper calls what it is given, not the pipeline's
             self.model,
             GradientAccumulationConfig(num_steps=self.config.train.accumulate),
         )
