@@ -254,7 +254,8 @@ def numeric(values: "pa.Array | pa.ChunkedArray", column: str, axis: str) -> npt
 
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise CohortError(f"axis '{axis}': column '{column}' is {values.type}, percentiles and edges need a number")
-    raw_R = values.to_numpy(zero_copy_only=False)
+    plain = isinstance(values, pa.Array) and not values.null_count
+    raw_R = np.from_dlpack(values) if plain else values.to_numpy(zero_copy_only=False)
     if pa.types.is_integer(values.type):
         raw_R = raw_R.astype(np.float64)  # as pyarrow does where there are nulls; one rounding rule for both
     return np.asarray(raw_R, np.float32)

@@ -32,6 +32,7 @@ COUNT, LOW = 0, 1
 """Last index of `Counts.fine`: rows, and the sum of their low 17 mantissa bits."""
 
 _LOW_BITS = 17
+_LOW_MASK = (1 << _LOW_BITS) - 1
 _FIRST = (127 - 24) << (23 - _LOW_BITS)
 """bits >> 17 of 2^-24."""
 _MOST_ROWS = 1 << 23
@@ -134,7 +135,7 @@ class BlockCounter:
                 _grow(a, max(cohorts, len(a) * 5 // 4)) for a in (self._packed, self._group32, self._fine, self._group)
             )
         self._rows += len(code_R)
-        _scatter(code_R, rows.cell, rows.low, self._packed.reshape(-1))
+        _scatter(code_R, rows.place, self._packed.reshape(-1))
         if self._group32.size:
             _scatter_groups(code_R, rows.group_cell, self._group32.reshape(-1))
 
@@ -158,8 +159,9 @@ class PreparedRows:
     """Where each row of a block lands within its cohort; shared by all targets. Buffers are reused."""
 
     def __init__(self, most_rows: int):
-        self._buffers = tuple(np.empty(most_rows, np.int32) for _ in range(3))
-        self.cell, self.low, self.group_cell = self._buffers
+        self._place, self._group_cell = np.empty(most_rows, np.uint32), np.empty(most_rows, np.uint16)
+        self.place, self.group_cell = self._place, self._group_cell
+        """Of each row: 2 slot + label and below it the 17 low bits; group x K + coarse slot."""
 
     def fill(
         self,
@@ -173,12 +175,12 @@ class PreparedRows:
         row's jackknife group, None without a jackknife.
         """
         rows = len(prediction_R)
-        self.cell, self.low, self.group_cell = (b[:rows] for b in self._buffers)
-        valid = bool(_prepare(prediction_R.view(np.uint32), label_R, self.cell, self.low))
+        self.place, self.group_cell = self._place[:rows], self._group_cell[:rows]
+        valid = bool(_prepare(prediction_R.view(np.uint32), label_R, self.place))
         if not valid:
             return int(np.argmin((prediction_R >= 0) & (prediction_R <= 1) & ((label_R == 0) | (label_R == 1))))
         if group_R is not None:
-            _prepare_groups(self.cell, group_R, self.group_cell)
+            _prepare_groups(self.place, group_R, self.group_cell)
         return rows
 
 
@@ -190,7 +192,7 @@ def _grow(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _prepare(bits_R, label_R, cell_R, low_R):  # type: ignore[no-untyped-def]
+def _prepare(bits_R, label_R, place_R):  # type: ignore[no-untyped-def]
     """Branch-free, so that it becomes SIMD code; whether every row is valid is folded into one flag."""
     bad = False
     for i in range(len(bits_R)):
@@ -202,24 +204,26 @@ def _prepare(bits_R, label_R, cell_R, low_R):  # type: ignore[no-untyped-def]
         inside = (slot > np.int32(0)) & (slot <= np.int32(BINS))
         slot = min(max(slot, np.int32(0)), np.int32(SLOTS - 1))
         slot = np.int32(0) if bits == _MINUS_ZERO else slot
-        cell_R[i] = np.int32(2) * slot + np.int32(label == np.float32(1))
-        low_R[i] = np.int32(bits & np.uint32((1 << _LOW_BITS) - 1)) if inside else np.int32(0)
+        cell = np.uint32(2) * np.uint32(slot) + np.uint32(label == np.float32(1))
+        low = bits & np.uint32(_LOW_MASK) if inside else np.uint32(0)
+        place_R[i] = cell << np.uint32(_LOW_BITS) | low
     return not bad
 
 
 @numba.njit(nogil=True, cache=True)
-def _prepare_groups(cell_R, group_R, group_cell_R):  # type: ignore[no-untyped-def]
-    for i in range(len(cell_R)):
-        coarse = ((cell_R[i] >> np.int32(1)) + np.int32(3)) >> np.int32(2)
-        group_cell_R[i] = np.int32(group_R[i]) * np.int32(COARSE) + coarse
+def _prepare_groups(place_R, group_R, group_cell_R):  # type: ignore[no-untyped-def]
+    for i in range(len(place_R)):
+        coarse = ((place_R[i] >> np.uint32(_LOW_BITS + 1)) + np.uint32(3)) >> np.uint32(2)
+        group_cell_R[i] = np.uint32(group_R[i]) * np.uint32(COARSE) + coarse
 
 
 @numba.njit(nogil=True, cache=True)
-def _scatter(code_R, cell_R, low_R, packed):  # type: ignore[no-untyped-def]
+def _scatter(code_R, place_R, packed):  # type: ignore[no-untyped-def]
     one = np.uint64(1) << np.uint64(_PACK)
     for i in range(len(code_R)):
-        at = np.uint32(code_R[i]) * np.uint32(SLOTS * 2) + np.uint32(cell_R[i])
-        packed[np.uint64(at)] += one + np.uint64(np.uint32(low_R[i]))
+        place = place_R[i]
+        at = np.uint32(code_R[i]) * np.uint32(SLOTS * 2) + (place >> np.uint32(_LOW_BITS))
+        packed[np.uint64(at)] += one + np.uint64(place & np.uint32(_LOW_MASK))
 
 
 @numba.njit(nogil=True, cache=True)

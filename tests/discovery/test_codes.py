@@ -4,13 +4,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from c2al.discovery.codes import Categories, Cross, Intervals, user_groups
+from c2al.discovery.codes import Categories, Intervals, Numbering, user_groups
 from c2al.discovery.histogram import GROUPS
 from c2al.errors import CohortError, DataError
 
 
 def values_of(encoder, array):
-    return [encoder.keys[i][0] for i in encoder(array).tolist()]
+    return [encoder.category(digit) for digit in encoder(array).tolist()]
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ def values_of(encoder, array):
         [pa.array([10**15, 4, None]), pa.array([-(10**17), 4])],  # too far apart for a table
         [pa.array([5, 6]), pa.array([10**12, 6]), pa.array([7, 5])],  # from the table to beyond it and back
         [pa.array([255, 0, 3], pa.uint8()), pa.array([None, None], pa.uint8())],
+        [pa.array([-300, None]), pa.array([None, 7], pa.int8()), pa.array([-300, 7])],
+        [pa.array(range(200)), pa.array([None, 199, 0])],
         [pa.array([True, None, False]), pa.array([False, False])],
         [pa.array(["b", "a", None]), pa.array(["a", "ü", ""])],
         [pa.array(["b", "a", None], pa.large_string())],
@@ -28,35 +30,44 @@ def values_of(encoder, array):
     ],
 )
 def test_every_value_keeps_its_number_over_blocks(blocks):
-    encoder = Categories("c", "axis", 100)
+    encoder = Categories("c", "axis")
     for block in blocks:
         assert values_of(encoder, block) == block.to_pylist()
-    assert len(encoder.keys) == len({v for b in blocks for v in b.to_pylist()})
 
 
-def test_dictionaries_are_mapped_by_value_not_by_code():
-    encoder = Categories("c", "axis", 3)  # "unused" entries are no cohorts and do not count for the cap
-    for dictionary, codes in [(["x", "y", "unused"], [0, 1, 1]), (["y", "x"], [0, 1, None]), (["unused2", "x"], [1])]:
-        block = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int8()), pa.array(dictionary))
-        assert values_of(encoder, block) == block.to_pylist()
-    assert [k for (k,) in encoder.keys] == ["x", "y", None]
+def numbers_of(numbering, encoders, arrays):
+    codes = numbering([encoder(array) for encoder, array in zip(encoders, arrays, strict=True)])
+    return [numbering.keys[number] for number in codes.tolist()]
+
+
+@pytest.mark.parametrize("entries", [3, 200])  # few are their own digits, many are looked up
+def test_dictionaries_are_mapped_by_value_not_by_code(entries):
+    more = [f"more{i}" for i in range(entries)]  # entries that no row has are no cohorts and do not count for the cap
+    encoder = Categories("c", "axis")
+    numbering = Numbering([encoder], "axis", 3)
+    columns = [(["x", "y", *more], [0, 1, 1]), (["y", *more, "x"], [0, entries + 1, None]), (["x"], [0])]
+    for dictionary, codes in columns:
+        block = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int16()), pa.array(dictionary))
+        assert numbers_of(numbering, [encoder], [block]) == [(v,) for v in block.to_pylist()]
+    assert numbering.keys == [("x",), ("y",), (None,)]
 
 
 def test_sliced_blocks_count_their_own_rows():
-    encoder = Categories("c", "axis", 9)
+    encoder = Categories("c", "axis")
     array = pa.array(["a", None, "b", "a", None, "c"]).dictionary_encode()
     assert values_of(encoder, array.slice(2, 3)) == ["b", "a", None]
 
 
 def test_the_cap_names_the_axis():
+    encoder = Categories("c", "item")
     with pytest.raises(CohortError, match=r"'item' has more than 4 cohorts.*max_cohorts"):
-        Categories("c", "item", 4)(pa.array([1, 2, 3, 4, None]))
+        Numbering([encoder], "item", 4)([encoder(pa.array([1, 2, 3, 4, None]))])
 
 
 @pytest.mark.parametrize("array", [pa.array([0.5]), pa.array([b"x"]), pa.array([[1]])])
 def test_a_column_without_categories_is_refused(array):
     with pytest.raises(CohortError, match=r"'c' is .*needs integers, strings or bools"):
-        Categories("c", "axis", 9)(array)
+        Categories("c", "axis")(array)
 
 
 @pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.int16()])
@@ -74,23 +85,32 @@ def test_not_a_number_is_missing_and_infinities_are_not():
         encoder(pa.array(["a"]))
 
 
-def test_a_cross_numbers_the_combinations_that_occur():
+@pytest.mark.parametrize("most", [(2, 5, 3), (2, 90, 5), (2, 10**9, 4)])  # own digits; looked up; sorted
+def test_a_cross_numbers_the_combinations_that_occur(most):
     rng = np.random.default_rng(0)
-    parts = [Categories("a", "a", 99), Categories("b", "b", 99), Intervals((0.5,), "c", "c")]
-    cross, seen = Cross(parts, "a x b x c", 99), set()
-    for most in (2, 5, 3):  # the tables grow on the way
-        blocks = [pa.array(rng.integers(0, most, 40)), pa.array(rng.integers(0, most, 40)), pa.array(rng.random(40))]
-        codes = cross([part(block) for part, block in zip(parts, blocks, strict=True)])
-        rows = list(zip(blocks[0].to_pylist(), blocks[1].to_pylist(), np.array(blocks[2]) >= 0.5, strict=True))
-        assert [cross.keys[i] for i in codes] == rows
-        seen |= set(rows)
-    assert len(cross.keys) == len(seen)
+    encoders = [Categories("a", "a"), Categories("b", "b"), Intervals((0.5,), "c", "c")]
+    numbering, seen = Numbering(encoders, "a x b x c", 99), {}
+    for below in most:  # the tables grow on the way
+        texts = [f"{i}" for i in rng.integers(0, below, 40)]
+        blocks = [pa.array(rng.integers(0, below, 40)), pa.array(texts), pa.array(rng.random(40))]
+        rows = list(zip(*(b.to_pylist() for b in blocks[:2]), np.array(blocks[2]) >= 0.5, strict=True))
+        assert numbers_of(numbering, encoders, blocks) == rows
+        for key in rows:
+            assert seen.setdefault(key, numbering.keys.index(key)) == numbering.keys.index(key)
+    assert len(numbering.keys) == len(seen)
 
 
 def test_a_cross_has_a_cap_of_its_own():
-    parts = [Categories("a", "a", 9), Categories("b", "b", 9)]
+    encoders = [Categories("a", "a"), Categories("b", "b")]
     with pytest.raises(CohortError, match="'a x b' has more than 3 cohorts"):
-        Cross(parts, "a x b", 3)([parts[0](pa.array([1, 2, 1, 2])), parts[1](pa.array([1, 1, 2, 2]))])
+        numbers_of(Numbering(encoders, "a x b", 3), encoders, [pa.array([1, 2, 1, 2]), pa.array([1, 1, 2, 2])])
+
+
+def test_more_combinations_than_a_table_can_hold_are_refused():
+    encoders = [Categories(c, c) for c in "abc"]
+    blocks = [pa.array(np.arange(1000) * 7) for _ in encoders]
+    with pytest.raises(CohortError, match="'a x b x c' crosses 1001 x 1001 x 1001 values"):
+        numbers_of(Numbering(encoders, "a x b x c", 5000), encoders, blocks)
 
 
 def test_a_user_has_one_group_however_it_is_stored():
