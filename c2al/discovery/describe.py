@@ -81,7 +81,7 @@ def _axis(
 ) -> dict[str, Any]:
     specs = [cohort_spec(axis, accumulators.axes, accumulators.cuts, key) for key in counts.keys]
     statistics = cohort_statistics(counts)
-    rank_P = np.lexsort((-np.nan_to_num(pairs.value_P, nan=-np.inf), -np.nan_to_num(bound_P, nan=-np.inf)))
+    rank_P = np.lexsort((-np.nan_to_num(pairs.rule.value_P, nan=-np.inf), -np.nan_to_num(bound_P, nan=-np.inf)))
     listed = rank_P[:LISTED_PAIRS]
     return {
         "name": axis.name,
