@@ -66,7 +66,7 @@ def fm_attention(
         x_BMD, y = (t.to(torch.get_autocast_dtype(device)) if t.dtype != torch.float64 else t for t in (x_BMD, y))
     _check(x_BMD, y, layout, norm_eps)
     triton = _use_triton(x_BMD, y, layout, backend)
-    out_BPK: Tensor = torch.ops.c2al.fm_attention(x_BMD, y, layout, norm_eps, triton)[0]
+    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps, triton)[0]
     return out_BPK
 
 
@@ -125,22 +125,8 @@ def _log_choice(device: str, obstacle: str) -> None:
     _log.info("fm_attention on %s: %s", device, f"eager kernels ({obstacle})" if obstacle else "Triton kernels")
 
 
-# `torch.library.custom_op` would do, but wraps every kernel call in checks of its own, which cost 3% of a
-# forward pass at m, d, k = 16, 64, 8.
-torch.library.define(
-    "c2al::fm_attention",
-    "(Tensor x, Tensor y, str layout, float? norm_eps, bool triton) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "c2al::fm_attention_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor t, Tensor? out, Tensor rstd, str layout, bool triton) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("c2al::fm_attention", ("cpu", "cuda"))
-def _forward(
+@torch.library.custom_op("c2al::fm_attention", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward_op(
     x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, T, rstd): T = A^T Y, saved by eager only; rstd of the rows, with norm_eps only; else size 0."""
@@ -153,7 +139,7 @@ def _forward(
     return _eager.forward(x_BMD, y, paper, norm_eps)
 
 
-@torch.library.register_fake("c2al::fm_attention")
+@_forward_op.register_fake
 def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, fields, dim = x_BMD.shape
     p, q = (dim, fields) if layout == "paper" else (fields, dim)
@@ -164,8 +150,8 @@ def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: boo
     return x_BMD.new_empty(batch, p, k), t_BQK, rstd_BP
 
 
-@torch.library.impl("c2al::fm_attention_backward", ("cpu", "cuda"))
-def _backward(
+@torch.library.custom_op("c2al::fm_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward_op(
     grad_BPK: Tensor,
     x_BMD: Tensor,
     y: Tensor,
@@ -186,7 +172,7 @@ def _backward(
     return _eager.backward(grad_BPK, x_BMD, y, t_BQK, paper)
 
 
-@torch.library.register_fake("c2al::fm_attention_backward")
+@_backward_op.register_fake
 def _(
     grad_BPK: Tensor,
     x_BMD: Tensor,
@@ -208,19 +194,14 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x_BMD, y, t_BQK, None if norm_eps is None else out_BPK, rstd_BP)
 
 
-def _differentiate(ctx, grad_BPK, grad_t, grad_rstd):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_BPK, grad_t, grad_rstd):  # type: ignore[no-untyped-def]
     if grad_BPK is None:
         return None, None, None, None, None
-    dx_BMD, dy = torch.ops.c2al.fm_attention_backward(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.triton)
+    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.triton)
     return dx_BMD, dy, None, None, None
 
 
-def _differentiate_again(ctx, *grads):  # type: ignore[no-untyped-def]
-    raise RuntimeError("c2al::fm_attention is differentiable once: its gradient has no derivative")
-
-
-torch.library.register_autograd("c2al::fm_attention", _differentiate, setup_context=_setup_context)
-torch.library.register_autograd("c2al::fm_attention_backward", _differentiate_again)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.c2al.fm_attention)
