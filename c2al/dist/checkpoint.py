@@ -112,15 +112,16 @@ class Checkpointer:
         # Collectives of a background write must not meet those of training in one group.
         self._group = world.new_control_group()
         self._write: _Background | None = None
-        error = None
-        if world.rank == 0:
+
+        def clean() -> None:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 for left_over in self._directory.glob(f"{_HIDDEN}*"):
                     shutil.rmtree(left_over)
             except OSError as e:
-                error = CheckpointError(f"{self._directory}: cannot be used for checkpoints: {e.strerror}")
-        world.agree(error)
+                raise CheckpointError(f"{self._directory}: cannot be used for checkpoints: {e.strerror}") from e
+
+        world.once(clean)
 
     def save(
         self,
@@ -178,15 +179,14 @@ class Checkpointer:
         damaged, or a checkpoint of another model (naming the parameter and both shapes).
         """
         world = self._world
-        manifest, error = None, None
-        try:
+
+        def check() -> Manifest:
             manifest = Manifest.read(path)
             _compare(path, manifest.model, _signature(dmp))
             manifest.verify(path, world.rank, world.size)
-        except CheckpointError as e:
-            error = e
-        world.agree(error)
-        assert manifest is not None
+            return manifest
+
+        manifest = world.together(check)
         reader = FileSystemReader(path)
         saved = reader.read_metadata().state_dict_metadata
         state, finish = _wanted_state(dmp, optimizer, saved)
@@ -226,18 +226,14 @@ class Checkpointer:
 
     def _once(self, action: Callable[[], Any]) -> Any:
         """Runs `action` on rank 0 and gives all ranks its result, or its failure as a CheckpointError."""
-        result, error = None, None
-        if self._world.rank == 0:
+
+        def careful() -> Any:
             try:
-                result = action()
-            except CheckpointError as e:
-                error = e
+                return action()
             except OSError as e:
-                error = CheckpointError(f"{e.filename or self._directory}: cannot be written: {e.strerror}")
-        self._world.agree(error, self._group)
-        box = [result]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+                raise CheckpointError(f"{e.filename or self._directory}: cannot be written: {e.strerror}") from e
+
+        return self._world.once(careful, self._group)
 
     def _renew(self, target: Path, manifest: Manifest) -> bool:
         if not target.exists():
@@ -250,14 +246,15 @@ class Checkpointer:
     def _checksums(self, folder: Path) -> dict[str, tuple[int, str]]:
         """Name -> (bytes, SHA-256) of all files, each read back by the rank that wrote it."""
         prefixes = (f"__{self._world.rank}_",) + ((".metadata",) if self._world.rank == 0 else ())
-        mine, error = {}, None
-        try:
-            for path in sorted(folder.iterdir()):
-                if path.name.startswith(prefixes):
-                    mine[path.name] = (path.stat().st_size, _digest(path))
-        except OSError as e:
-            error = CheckpointError(f"{e.filename}: cannot be read back: {e.strerror}")
-        self._world.agree(error, self._group)
+
+        def digests() -> dict[str, tuple[int, str]]:
+            files = (path for path in sorted(folder.iterdir()) if path.name.startswith(prefixes))
+            try:
+                return {path.name: (path.stat().st_size, _digest(path)) for path in files}
+            except OSError as e:
+                raise CheckpointError(f"{e.filename}: cannot be read back: {e.strerror}") from e
+
+        mine = self._world.together(digests, self._group)
         everyone: list[dict[str, tuple[int, str]]] = [{}] * self._world.size
         dist.all_gather_object(everyone, mine, group=self._group)
         return {name: entry for files in everyone for name, entry in files.items()}

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -41,11 +41,26 @@ class World:
     control: dist.ProcessGroup
     """gloo group of all ranks; carries Python objects and CPU tensors whatever the device is."""
 
-    def broadcast(self, value: T, source: int = 0) -> T:
+    def broadcast(self, value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
         """`value` of rank `source`, on every rank (pickled)."""
         box = [value]
-        dist.broadcast_object_list(box, src=source, group=self.control)
+        dist.broadcast_object_list(box, src=source, group=group or self.control)
         return box[0]
+
+    def together(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any."""
+        error: BaseException | None = None
+        try:
+            result = function()
+        except Exception as e:
+            error = e
+        self.agree(error, group)
+        return result
+
+    def once(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it."""
+        result = self.together(lambda: function() if self.rank == 0 else None, group)
+        return cast(T, self.broadcast(result, group=group))
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of `tensor` over the ranks, in place, on every rank. CPU or device tensor."""

@@ -145,17 +145,13 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
     this stack would silently replace.
     """
     tables = _tables(model)
-    error: Exception | None = None
-    plan: Plan = {}
-    if world.rank == 0:
-        try:
-            plan = _read_plan(Path(config.dist.plan)) if config.dist.plan else _choose(model, config, world)
-            _validate(plan, tables, config, world)
-        except Exception as e:  # whatever it is, the other ranks must not be left waiting for the plan
-            error = e
-    world.agree(error)
-    plan = world.broadcast(plan)
 
+    def choose() -> Plan:
+        plan = _read_plan(Path(config.dist.plan)) if config.dist.plan else _choose(model, config, world)
+        _validate(plan, tables, config, world)
+        return plan
+
+    plan = world.once(choose)
     optimizer = config.train.optimizer
     for _, ebc in _collections(model):
         _apply_optimizer_in_backward(

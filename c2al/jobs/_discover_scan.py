@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +32,6 @@ from c2al.discovery.histogram import Counts, key_order
 from c2al.discovery.scan import BLOCK_ROWS, Accumulators, BlockScanner, Columns, Cuts, fixed_cuts, plain_axes
 from c2al.dist.process import World
 from c2al.errors import C2ALError, CheckpointError, DataError
-
-T = TypeVar("T")
 
 Unit = tuple[int, int]
 """(file, row group)."""
@@ -58,17 +56,17 @@ def scan(
     """
     read = [columns.prediction, columns.label, *(a.column for a in plain_axes(axes))]
     read = list(dict.fromkeys([*read, columns.user] if config.jackknife else read))
-    together(world, lambda: _check_columns(files, read))
+    world.together(lambda: _check_columns(files, read))
     cuts_file = folder / "cuts.json"
     identity = _identity(files, axes, config, columns, earlier_cuts)
-    before = world.broadcast(sorted(str(p) for p in folder.glob("*.npz")))
-    cuts = world.broadcast(together(world, lambda: _load_cuts(cuts_file, identity)))
+    before = world.once(lambda: sorted(str(p) for p in folder.glob("*.npz")))
+    cuts = world.once(lambda: _load_cuts(cuts_file, identity))
     if cuts is None:
         cuts = {**fixed_cuts(axes), **earlier_cuts}
         open_axes = [a for a in axes if a.kind == "percentiles" and a.name not in cuts]
         cuts |= _percentile_cuts(files, open_axes, config, world)
         saved = json.dumps({"identity": identity, "cuts": cuts})
-        together(world, lambda: write_atomically(cuts_file, saved) if world.rank == 0 else None)
+        world.once(lambda: write_atomically(cuts_file, saved))
 
     def count() -> Accumulators:
         kept = empty = Accumulators.empty(axes, cuts, config.jackknife)
@@ -85,18 +83,7 @@ def scan(
         _each_row_group(files, left, read, texts, config.threads, "count", own.worker, world.rank == 0)
         return kept.plus(own.total.counts)
 
-    return _reduce(together(world, count), world)
-
-
-def together(world: World, function: Callable[[], T]) -> T:
-    """What `function`, which takes part in no collective, returns; raises on every rank if it does on any."""
-    error: BaseException | None = None
-    try:
-        result = function()
-    except Exception as e:
-        error = e
-    world.agree(error)
-    return result
+    return _reduce(world.together(count), world)
 
 
 class _Worker(Protocol):
@@ -271,7 +258,7 @@ def _percentile_cuts(
             worker = functools.partial(_CutWorker, cuts, columns, totals, lock)
             _each_row_group(files, units, read, (), config.threads, name, worker, world.rank == 0)
 
-        together(world, work)
+        world.together(work)
         return [world.all_sum(torch.from_numpy(t)).numpy() for t in totals]
 
     for cut, total in zip(cuts, counted("cuts, pass 1 of 2"), strict=True):

@@ -27,7 +27,7 @@ from c2al.discovery.scan import Accumulators, Columns, Cuts
 from c2al.dist.process import World, process_group
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.jobs._discover_figure import write_densities
-from c2al.jobs._discover_scan import scan, together
+from c2al.jobs._discover_scan import scan
 
 ACCUMULATORS = "accumulators.npz"
 
@@ -80,8 +80,8 @@ def discover(
     if not axes:
         raise ConfigError("axes: discovery needs at least one axis")
     columns = Columns(prediction=config.prediction, label=config.label, user=data.user_id)
-    files = together(world, lambda: open_dataset(scores))
-    earlier = together(world, lambda: _percentile_cuts(cuts_of, axes) if cuts_of else {})
+    files = world.together(lambda: open_dataset(scores))
+    earlier = world.together(lambda: _percentile_cuts(cuts_of, axes) if cuts_of else {})
     unfinished = output / "unfinished"
     try:
         total = scan(files, axes, config, columns, unfinished, world, earlier)
@@ -92,7 +92,7 @@ def discover(
             with contextlib.suppress(OSError):
                 output.rmdir()
         raise
-    together(world, lambda: _write(total, config, output) if world.rank == 0 else None)
+    world.once(lambda: _write(total, config, output))
     if world.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     return read_cohorts(output / "cohorts.json")

@@ -49,7 +49,7 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
     no pair of cohorts that noise could not explain, and what the stages raise.
     """
     _check(config)
-    world.agree(_start(config, output, command) if world.rank == 0 else None)
+    world.once(lambda: _start(config, output, command))
     first, *_ = seeds = config.experiment.seeds
 
     for seed in seeds:
@@ -72,21 +72,16 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
     served = output / f"seed_{first}" / "c2al"
     if world.size == 1 and not (served / "serving").exists():
         export(served / "run", config.data.test, served / "serving", world)
-    error: BaseException | None = None
-    report = output / "report.html"
-    if world.rank == 0:
-        try:
-            pairs = [tuple(str(output / f"seed_{s}" / a / "scores_test") for a in ("baseline", "c2al")) for s in seeds]
-            result = evaluate(
-                pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data
-            )
-            report = write_report(output)
-            summary = tuple(s for s in result.segments if s.axis in (OVERALL, COHORT))
-            print(dataclasses.replace(result, segments=summary).table())
-        except Exception as e:
-            error = e
-    world.agree(error)
-    return report
+
+    def report() -> Path:
+        pairs = [tuple(str(output / f"seed_{s}" / a / "scores_test") for a in ("baseline", "c2al")) for s in seeds]
+        result = evaluate(pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data)
+        path = write_report(output)
+        summary = tuple(s for s in result.segments if s.axis in (OVERALL, COHORT))
+        print(dataclasses.replace(result, segments=summary).table())
+        return path
+
+    return world.once(report)
 
 
 def _check(config: Config) -> None:
@@ -102,11 +97,11 @@ def _check(config: Config) -> None:
         raise ConfigError(problems)
 
 
-def _start(config: Config, output: Path, command: str) -> ConfigError | None:
+def _start(config: Config, output: Path, command: str) -> None:
     """Writes what the report says of the experiment itself; refuses the folder of another one."""
     known = output / "config.toml"
     if known.exists() and load_config(known) != config:
-        return ConfigError(f"{output}: holds an experiment of another config ({known}); give another --output")
+        raise ConfigError(f"{output}: holds an experiment of another config ({known}); give another --output")
     save_config(config, known)
     write_atomically(output / "command.txt", command + "\n")
     names = (
@@ -128,7 +123,6 @@ def _start(config: Config, output: Path, command: str) -> ConfigError | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     write_atomically(output / "versions.json", json.dumps(versions, indent=2) + "\n")
-    return None
 
 
 def _score_once(run_path: Path, data: Sequence[str], folder: Path, world: World) -> None:

@@ -52,17 +52,7 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
     Rank 0 alone touches the disk. Raises ConfigError on every rank when the folder holds a run
     that this one cannot go on from, and what reading the training data raises.
     """
-    error: BaseException | None = None
-    run: Run | None = None
-    if world.rank == 0:
-        try:
-            run = _start(path, config, cohorts)
-        except Exception as e:
-            error = e
-    world.agree(error)
-    run = world.broadcast(run)
-    assert run is not None
-    return run
+    return world.once(lambda: _start(path, config, cohorts))
 
 
 def open_run(path: Path) -> Run:

@@ -61,14 +61,14 @@ def score(
     """
     run = open_run(run_path)
     partial = output.with_name(f".{output.name}.partial")
-    error: BaseException | None = None
-    if world.rank == 0:
+
+    def start() -> None:
         if output.exists():
-            error = ConfigError(f"{output}: exists; give another --output")
-        else:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    world.agree(error)
+            raise ConfigError(f"{output}: exists; give another --output")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    world.once(start)
     try:
         rows = _score(run, data, partial, world, checkpoint, batch_size, run.config.axes if axes is None else axes)
     except BaseException:
