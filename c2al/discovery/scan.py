@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BLOCK_ROWS = 1 << 17
-"""Rows counted at a time: the block's buffers stay in the second-level cache (measured: 32k to 128k alike)."""
+"""Rows counted at a time: few enough to stay in the last-level cache, enough that 30 us of Python a block
+cost 0.2 ns a row (measured: 64k to 256k within 10%, 16k 1.5 times as long)."""
 
 Cuts = Mapping[str, tuple[float, ...]]
 """Ascending cuts of every numeric plain axis, by its name; float32 values."""
