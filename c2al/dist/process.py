@@ -199,9 +199,10 @@ def _hush_the_stack() -> None:
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger().addFilter(_not_a_missing_spec)
+    logging.getLogger().addFilter(_concerns_a_user)
 
 
-def _not_a_missing_spec(record: logging.LogRecord) -> bool:
-    """torchrec's planner warns, through the root logger, of each data_parallel table that it has no sharding spec."""
-    return not record.getMessage().startswith("Sharding spec not found")
+def _concerns_a_user(record: logging.LogRecord) -> bool:
+    """Not so, through the root logger: the planner about each data_parallel table that it has no sharding spec,
+    and torchrec about the only way its jagged tensors can be exported."""
+    return not record.getMessage().startswith(("Sharding spec not found", "Trying to non-strict torch.export KJT"))
