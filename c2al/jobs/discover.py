@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,6 +80,8 @@ def discover(
     """
     if not axes:
         raise ConfigError("axes: discovery needs at least one axis")
+    if data.weight and world.rank == 0:
+        print(f"discover: every row counts once; data.weight = '{data.weight}' is not used", file=sys.stderr)
     columns = Columns(prediction=config.prediction, label=config.label, user=data.user_id)
     files = world.together(lambda: open_dataset(scores))
     earlier = world.together(lambda: _percentile_cuts(cuts_of, axes) if cuts_of else {})

@@ -50,7 +50,16 @@ class Configuration(NamedTuple):
     block_q: int
     block_k: int
     warps: int
-    stages: int = 2
+    stages: int
+
+
+_STAGES: dict[tuple[Direction, Precision, Schedule, int, int, int], int] = {
+    ("backward", "half", "columns", 128, 16, 128): 3,
+    ("backward", "half", "rows", 32, 16, 32): 3,
+    ("backward", "ieee", "columns", 16, 16, 16): 3,
+    ("backward", "tf32", "columns", 128, 32, 32): 1,
+}
+"""Stages of the tiles (.., block_p, block_q, block_k) of which two make some variant spill; found by compiling."""
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
@@ -75,7 +84,8 @@ def configurations(direction: Direction, p: int, q: int, k: int, precision: Prec
         found = []
         for tile in budget.tiles:
             block_p, block_q = (held, tile) if schedule == "columns" else (tile, held)
-            options = (Configuration(schedule, block_p, block_q, block_k, warps) for warps in (4, 8))
+            stages = _STAGES.get((direction, precision, schedule, block_p, block_q, block_k), 2)
+            options = (Configuration(schedule, block_p, block_q, block_k, warps, stages) for warps in (4, 8))
             found += [c for c in options if _fits(c, direction, precision, budget.live)][:1]
         if found:
             return found[: budget.candidates]

@@ -349,6 +349,13 @@ def test_bad_input_is_named(tmp_path, capsys, table, words):
     assert not output.exists()
 
 
+def test_weights_are_said_to_be_unused(data, result, tmp_path, capsys):
+    code, output = run(tmp_path, data, text='data.weight = "w"\n' + CONFIG)
+    assert code == 0
+    assert "data.weight = 'w' is not used" in capsys.readouterr().err
+    assert (output / "cohorts.json").read_bytes() == (result / "cohorts.json").read_bytes()
+
+
 def test_a_truncated_file_is_named(data, tmp_path, capsys):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(Path(data[0]).read_bytes()[:-1000])

@@ -2,8 +2,9 @@
 
     python triton_compile_cases.py [--variants]
 
-A configuration is compiled for a full block in its costliest variant: with LayerNorm, and with
-shared Y backward, whose dY lives across samples. --variants compiles every variant instead.
+A configuration is compiled for a full block in the variants that can be its costliest: both layouts,
+with and without LayerNorm, and with shared Y backward, whose dY lives across samples. --variants
+compiles every variant instead.
 """
 
 import itertools
@@ -70,7 +71,8 @@ def cases(variants):
                 for flags in itertools.product((True, False), repeat=3):
                     yield (direction, precision, config, *flags, element)
             else:
-                yield (direction, precision, config, True, direction == "backward", True, element)
+                for paper, norm in itertools.product((True, False), repeat=2):
+                    yield (direction, precision, config, paper, direction == "backward", norm, element)
 
 
 def main():
