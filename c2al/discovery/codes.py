@@ -167,7 +167,7 @@ class Categories:
         return bool(_look_up(value_R, self._base, self._table, digit_R))
 
     def _add(self, category: Category) -> int:
-        digit = self._digit.setdefault(category, len(self._digit))
+        digit = self._digit.setdefault(category, len(self._categories))
         if digit == len(self._categories):
             self._categories.append(category)
             self.size, self.layout = len(self._categories) + 1, self.layout + 1
@@ -192,6 +192,8 @@ class Numbering:
         self._number: dict[Key, int] = {}
         self._layout: tuple[int, ...] = ()
         self._sizes: tuple[int, ...] = ()
+        self._scales: tuple[int, ...] = ()
+        """What each of three digits counts in the table's index; 0 for one this target does not have."""
         self._table = np.empty(0, np.int32)
         """Number of each combination of digits, in row-major order of `_sizes`; -1: not met in this layout."""
         self._buffer = np.empty(0, np.int32)
@@ -207,12 +209,10 @@ class Numbering:
         for digit_R in digits:
             digit_R.flags.writeable = False  # as pyarrow's arrays are: one signature to compile
         first_R, second_R, third_R = (*digits, digits[0], digits[0])[:3]
-        scales = tuple(math.prod(self._sizes[i + 1 :]) * (i < len(digits)) for i in range(3))
-        if not _number(first_R, second_R, third_R, *scales, self._table, number_R):
+        if not _number(first_R, second_R, third_R, *self._scales, self._table, number_R):
             new_R = number_R < 0
-            rows = [d[new_R].astype(np.int64) * s for d, s in zip(digits, scales, strict=False)]
-            self._add(np.unique(np.sum(rows, axis=0)))
-            _number(first_R, second_R, third_R, *scales, self._table, number_R)
+            self._add(np.unique(np.ravel_multi_index(tuple(d[new_R] for d in digits), self._sizes)))
+            _number(first_R, second_R, third_R, *self._scales, self._table, number_R)
         return number_R
 
     def _lay_out(self, layout: tuple[int, ...]) -> None:
@@ -223,12 +223,13 @@ class Numbering:
                 f"more combinations than discovery can number"
             )
         self._layout, self._sizes, self._table = layout, sizes, np.full(math.prod(sizes), -1, np.int32)
+        self._scales = tuple(math.prod(sizes[i + 1 :]) * (i < len(sizes)) for i in range(3))
         if self.keys:
             digits_PC = np.array([p.digits(c) for p, c in zip(self._parts, zip(*self.keys, strict=True), strict=True)])
             known_C = (digits_PC >= 0).all(axis=0)
             self._table[np.ravel_multi_index(tuple(digits_PC[:, known_C]), sizes)] = np.flatnonzero(known_C)
 
-    def _add(self, combinations: npt.NDArray[np.int32]) -> None:
+    def _add(self, combinations: npt.NDArray[np.int64]) -> None:
         """Numbers combinations of the present layout."""
         columns = np.unravel_index(combinations, self._sizes)
         categories = [[p.category(d) for d in c.tolist()] for p, c in zip(self._parts, columns, strict=True)]

@@ -75,10 +75,12 @@ def score(
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if world.rank == 0:
+
+    def finish() -> None:
         write_atomically(partial / COMPLETE, json.dumps({"rows": rows, "parts": world.size}) + "\n")
         partial.rename(output)
-    world.barrier()
+
+    world.once(finish)
     return rows
 
 

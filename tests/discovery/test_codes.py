@@ -52,6 +52,14 @@ def test_dictionaries_are_mapped_by_value_not_by_code(entries):
     assert numbering.keys == [("x",), ("y",), (None,)]
 
 
+def test_a_dictionary_may_hold_an_entry_twice():
+    encoder = Categories("c", "axis")
+    many = [f"more{i}" for i in range(200)]
+    for dictionary, codes in [(["x", "x", "y"], [0, 1, 2]), (["z", *many], [0, 200, 7])]:
+        block = pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(dictionary))
+        assert values_of(encoder, block) == block.to_pylist()
+
+
 def test_sliced_blocks_count_their_own_rows():
     encoder = Categories("c", "axis")
     array = pa.array(["a", None, "b", "a", None, "c"]).dictionary_encode()
