@@ -24,9 +24,12 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     splits = [f"--data.{split}=['{data / split}']" for split in ("train", "validation", "test")]
     config = load_config(str(files("launch") / CONFIG), [*splits, *overrides])
     with process_group(config.dist) as world:
-        if world.rank == 0 and not data.exists():
-            synthesise(SynthConfig(rows=args.rows, seed=config.seed), data)
-        world.barrier()
+
+        def make_data() -> None:
+            if not data.exists():
+                synthesise(SynthConfig(rows=args.rows, seed=config.seed), data)
+
+        world.once(make_data)
         report = experiment(config, args.output, world, command=shlex.join(["c2al", *sys.argv[1:]]))
         if world.rank == 0:
             print(f"report: {report}")
