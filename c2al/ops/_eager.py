@@ -1,4 +1,4 @@
-"""FM attention in batched matrix products, for the CPU and as the fallback on a GPU.
+"""FM attention in batched matrix products: every dtype and size, on the CPU and on a GPU.
 
 Legend: B batch, M fields, D embedding dim, p x q the matrix A of a sample (x^T or x), K columns of
 Y. T = A^T Y and G = A T. T is saved for backward: recomputing it costs more than reading it.
@@ -21,22 +21,26 @@ def _samples(x_BMD: Tensor) -> int:
     return max(1, CHUNK_BYTES // (m * d * x_BMD.element_size()))
 
 
-def forward(x_BMD: Tensor, y: Tensor, paper: bool, norm_eps: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(G or its row-normalised form, T, 1 / standard deviation of the rows or size 0)."""
+def products(x_BMD: Tensor, y: Tensor, paper: bool) -> tuple[Tensor, Tensor]:
+    """(G, T)."""
     a_BPQ = x_BMD.mT if paper else x_BMD
     if y.dim() == 2:
         t_BQK = torch.matmul(a_BPQ.mT, y)
-        g_BPK = torch.bmm(a_BPQ, t_BQK)
-    else:
-        t_BQK, g_BPK = (x_BMD.new_empty(len(x_BMD), n, y.shape[-1]) for n in a_BPQ.mT.shape[1:])
-        samples = _samples(x_BMD)
-        for a, y_piece, t, g in zip(*(torch.split(z, samples) for z in (a_BPQ, y, t_BQK, g_BPK)), strict=True):
-            torch.bmm(a, torch.bmm(a.mT, y_piece, out=t), out=g)
-    stats = torch.promote_types(x_BMD.dtype, torch.float32)
+        return torch.bmm(a_BPQ, t_BQK), t_BQK
+    t_BQK, g_BPK = (x_BMD.new_empty(len(x_BMD), n, y.shape[-1]) for n in a_BPQ.mT.shape[1:])
+    samples = _samples(x_BMD)
+    for a, y_piece, t, g in zip(*(torch.split(z, samples) for z in (a_BPQ, y, t_BQK, g_BPK)), strict=True):
+        torch.bmm(a, torch.bmm(a.mT, y_piece, out=t), out=g)
+    return g_BPK, t_BQK
+
+
+def norm(g_BPK: Tensor, norm_eps: float | None) -> tuple[Tensor, Tensor]:
+    """(G or its row-normalised form, 1 / standard deviation of the rows or size 0)."""
+    stats = torch.promote_types(g_BPK.dtype, torch.float32)
     if norm_eps is None:
-        return g_BPK, t_BQK, g_BPK.new_empty(0, dtype=stats)
+        return g_BPK, g_BPK.new_empty(0, dtype=stats)
     out_BPK, _, rstd_BP1 = torch.native_layer_norm(g_BPK, g_BPK.shape[-1:], None, None, norm_eps)
-    return out_BPK, t_BQK, rstd_BP1.squeeze(-1).to(stats)
+    return out_BPK, rstd_BP1.squeeze(-1).to(stats)
 
 
 def norm_backward(grad_BPK: Tensor, out_BPK: Tensor, rstd_BP: Tensor) -> Tensor:
@@ -47,14 +51,14 @@ def norm_backward(grad_BPK: Tensor, out_BPK: Tensor, rstd_BP: Tensor) -> Tensor:
     return centred_BPK.mul_(rstd_BP.unsqueeze(-1)).to(grad_BPK.dtype)
 
 
-def backward(grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, t_BQK: Tensor, paper: bool) -> tuple[Tensor, Tensor]:
+def gradients(grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, t_BQK: Tensor, paper: bool) -> tuple[Tensor, Tensor]:
     """(dX, dY) from dA = dG T^T + Y S^T, dY = A S, S = A^T dG.
 
     dX is computed in x's own orientation: writing dA through a transposed view is 3x slower in
     float32 and far worse in bfloat16 (benchmarks/fm_attention.py, CPU).
     """
     if y.dim() == 2:
-        return _shared_backward(grad_BPK, x_BMD, y, t_BQK, paper)
+        return _shared_gradients(grad_BPK, x_BMD, y, t_BQK, paper)
     dx_BMD, dy_BPK = x_BMD.new_empty(x_BMD.shape), y.new_empty(y.shape)
     samples = _samples(x_BMD)
     whole = (grad_BPK, x_BMD, y, t_BQK, dx_BMD, dy_BPK)
@@ -69,7 +73,7 @@ def backward(grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, t_BQK: Tensor, paper: b
     return dx_BMD, dy_BPK
 
 
-def _shared_backward(grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, t_BQK: Tensor, paper: bool) -> tuple[Tensor, Tensor]:
+def _shared_gradients(grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, t_BQK: Tensor, paper: bool) -> tuple[Tensor, Tensor]:
     """The same for one Y of the whole batch, whose gradient is a sum over it."""
     a_BPQ = x_BMD.mT if paper else x_BMD
     s_BQK = torch.bmm(a_BPQ.mT, grad_BPK)

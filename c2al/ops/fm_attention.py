@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import math
+import types
 from typing import Literal
 
 import torch
@@ -47,9 +48,10 @@ def fm_attention(
         layout: "paper" or "wukong", see the head of this file.
         norm_eps: None returns G. A number returns LayerNorm of each row of G over K, without scale
             and shift: (G - mean) / sqrt(var + norm_eps), var the biased variance. With K = 1 that is 0.
-        backend: "eager" runs two batched matrix products; "triton" the fused CUDA kernels, whose
-            float32 products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes Triton where
-            a usable GPU and the shape allow it, else eager, and logs a GPU's choice once.
+        backend: "eager" runs batched matrix products; "triton" the fused CUDA kernels, whose float32
+            products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes the fastest that the
+            device and the operands allow and logs its choice once: on a GPU Triton, on a CPU with
+            avx512_bf16 a kernel for bfloat16 (Y per sample, M >= 8, D and K multiples of 8), else eager.
 
     Returns:
         (B, p, K), contiguous, in x's dtype (autocast's, under autocast).
@@ -65,8 +67,7 @@ def fm_attention(
     if torch.is_autocast_enabled(device):
         x_BMD, y = (t.to(torch.get_autocast_dtype(device)) if t.dtype != torch.float64 else t for t in (x_BMD, y))
     _check(x_BMD, y, layout, norm_eps)
-    triton = _use_triton(x_BMD, y, layout, backend)
-    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps, triton)[0]
+    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps, _resolve(x_BMD, y, layout, backend))[0]
     return out_BPK
 
 
@@ -89,17 +90,38 @@ def _check(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> Non
         raise OperandError(f"fm_attention: norm_eps must be positive, is {norm_eps}")
 
 
-def _use_triton(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> bool:
+def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
+    """The op's backend. "auto" stays so on a CPU: a traced program may run on another processor."""
     if backend not in ("auto", "triton", "eager"):
         raise OperandError(f"fm_attention: backend {backend!r} is none of 'auto', 'triton', 'eager'")
     if backend == "eager" or (backend == "auto" and x_BMD.device.type == "cpu"):
-        return False
+        return backend
     obstacle = _obstacle(x_BMD, y, layout)
     if backend == "triton" and obstacle:
         raise BackendError(f"fm_attention: backend='triton' cannot run here: {obstacle}")
     if backend == "auto" and not torch.compiler.is_compiling():
-        _log_choice(x_BMD.device.type, obstacle)
-    return not obstacle
+        _log_choice(x_BMD.device.type, f"eager kernels ({obstacle})" if obstacle else "Triton kernels")
+    return "eager" if obstacle else "triton"
+
+
+def _on_cpu(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
+    """The module whose `products` and `gradients` run these operands."""
+    if backend == "eager" or x_BMD.dtype != torch.bfloat16 or x_BMD.device.type != "cpu":
+        return _eager
+    kernel, obstacle = _avx512()
+    _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
+    return kernel if kernel and kernel.covers(x_BMD, y) else _eager
+
+
+@functools.cache
+def _avx512() -> tuple[types.ModuleType | None, str]:
+    """(the module or None, why it is None)."""
+    try:
+        from c2al.ops import _avx512
+    except ImportError as error:
+        return None, str(error)
+    obstacle = _avx512.obstacle()
+    return (None if obstacle else _avx512), obstacle
 
 
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
@@ -121,30 +143,32 @@ def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
 
 
 @functools.cache
-def _log_choice(device: str, obstacle: str) -> None:
-    _log.info("fm_attention on %s: %s", device, f"eager kernels ({obstacle})" if obstacle else "Triton kernels")
+def _log_choice(device: str, choice: str) -> None:
+    _log.info("fm_attention on %s: %s", device, choice)
 
 
 @torch.library.custom_op("c2al::fm_attention", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward_op(
-    x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool
+    x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, T, rstd): T = A^T Y, saved by eager only; rstd of the rows, with norm_eps only; else size 0."""
+    """(out, T, rstd): T = A^T Y, not saved by Triton; rstd of the rows, with norm_eps only; else size 0."""
     paper = layout == "paper"
-    if triton:
+    if backend == "triton":
         from c2al.ops import _triton
 
         out_BPK, rstd_BP = _triton.forward(x_BMD, y, paper, norm_eps)
         return out_BPK, out_BPK.new_empty(0), rstd_BP
-    return _eager.forward(x_BMD, y, paper, norm_eps)
+    g_BPK, t_BQK = _on_cpu(x_BMD, y, backend).products(x_BMD, y, paper)
+    out_BPK, rstd_BP = _eager.norm(g_BPK, norm_eps)
+    return out_BPK, t_BQK, rstd_BP
 
 
 @_forward_op.register_fake
-def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     batch, fields, dim = x_BMD.shape
     p, q = (dim, fields) if layout == "paper" else (fields, dim)
     k = y.shape[-1]
-    t_BQK = x_BMD.new_empty(0 if triton else (batch, q, k))
+    t_BQK = x_BMD.new_empty(0 if backend == "triton" else (batch, q, k))
     stats = torch.promote_types(x_BMD.dtype, torch.float32)
     rstd_BP = x_BMD.new_empty(0 if norm_eps is None else (batch, p), dtype=stats)
     return x_BMD.new_empty(batch, p, k), t_BQK, rstd_BP
@@ -159,17 +183,17 @@ def _backward_op(
     out_BPK: Tensor | None,
     rstd_BP: Tensor,
     layout: str,
-    triton: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
     paper = layout == "paper"
-    if triton:
+    if backend == "triton":
         from c2al.ops import _triton
 
         return _triton.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
         grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    return _eager.backward(grad_BPK, x_BMD, y, t_BQK, paper)
+    return _on_cpu(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
 
 
 @_backward_op.register_fake
@@ -181,13 +205,13 @@ def _(
     out_BPK: Tensor | None,
     rstd_BP: Tensor,
     layout: str,
-    triton: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return x_BMD.new_empty(x_BMD.shape), y.new_empty(y.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_BMD, y, ctx.layout, norm_eps, ctx.triton = inputs
+    x_BMD, y, ctx.layout, norm_eps, ctx.backend = inputs
     out_BPK, t_BQK, rstd_BP = output
     ctx.mark_non_differentiable(t_BQK, rstd_BP)
     ctx.set_materialize_grads(False)
@@ -197,7 +221,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_BPK, grad_t, grad_rstd):  # type: ignore[no-untyped-def]
     if grad_BPK is None:
         return None, None, None, None, None
-    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.triton)
+    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.backend)
     return dx_BMD, dy, None, None, None
 
 

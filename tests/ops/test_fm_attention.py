@@ -116,12 +116,12 @@ def test_second_derivative_is_refused():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout, shared, norm_eps):
     x, y, grad = operands((3, 5, 7, 3), layout, shared, torch.float32)
-    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, layout, norm_eps, False))
+    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, layout, norm_eps, "auto"))
     with torch.no_grad():
-        out, t, rstd = torch.ops.c2al.fm_attention(x, y, layout, norm_eps, False)
+        out, t, rstd = torch.ops.c2al.fm_attention(x, y, layout, norm_eps, "auto")
         saved = (t, out if norm_eps else None, rstd)
         torch.library.opcheck(
-            torch.ops.c2al.fm_attention_backward.default, (grad, x.detach(), y.detach(), *saved, layout, False)
+            torch.ops.c2al.fm_attention_backward.default, (grad, x.detach(), y.detach(), *saved, layout, "auto")
         )
 
 

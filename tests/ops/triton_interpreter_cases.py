@@ -67,7 +67,7 @@ def no_card(monkeypatch):
 
 
 def attention(layout, norm_eps=None):
-    return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps, True)[0]
+    return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps, "triton")[0]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
@@ -102,7 +102,7 @@ def test_layer_norm(size, layout, shared):
 def test_layer_norm_in_bfloat16_is_as_good_as_eager(layout):
     x, y, grad = operands((4, 40, 48, 16), layout, False, torch.bfloat16)
     fused = run(attention(layout, 1e-5), x, y, grad)
-    eager = run(lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, 1e-5, False)[0], x, y, grad)
+    eager = run(lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, 1e-5, "eager")[0], x, y, grad)
     expected = run(lambda x, y: reference(x, y, layout, 1e-5), x.double(), y.double(), grad)
     for f, g, e in zip(fused, eager, expected, strict=True):
         assert relative(f, e) <= 1.2 * relative(g, e)
@@ -128,4 +128,4 @@ def test_x_strided_along_its_last_dimension_is_copied():
 
 def test_opcheck_of_the_saved_state():
     x, y, _ = operands((3, 5, 7, 3), "paper", False, torch.float32)
-    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, "paper", 1e-3, True))
+    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, "paper", 1e-3, "triton"))
