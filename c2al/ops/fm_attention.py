@@ -12,8 +12,7 @@ import functools
 import importlib.util
 import logging
 import math
-import types
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
     return "eager" if obstacle else "triton"
 
 
-def _on_cpu(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
+def _on_cpu(x_BMD: Tensor, y: Tensor, backend: str) -> Any:
     """The module whose `products` and `gradients` run these operands."""
     if backend == "eager" or x_BMD.dtype != torch.bfloat16 or x_BMD.device.type != "cpu":
         return _eager
@@ -114,7 +113,7 @@ def _on_cpu(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
 
 
 @functools.cache
-def _avx512() -> tuple[types.ModuleType | None, str]:
+def _avx512() -> tuple[Any, str]:
     """(the module or None, why it is None)."""
     try:
         from c2al.ops import _avx512
@@ -193,7 +192,8 @@ def _backward_op(
         return _triton.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
         grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    return _on_cpu(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
+    dx_BMD, dy = _on_cpu(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
+    return dx_BMD, dy
 
 
 @_backward_op.register_fake
