@@ -8,12 +8,11 @@ it runs. It runs on torch's own OpenMP threads: a second pool would fight them f
 """
 
 import ctypes
+import functools
+import importlib.util
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from c2al.ops import _avx512_kernels as kernels
 
 # void GOMP_parallel(void (*function)(void *), void *record, unsigned threads, unsigned flags): the entry that
 # compilers call for `#pragma omp parallel`. torch loads its OpenMP for all to see; a build on other threads has none.
@@ -23,20 +22,30 @@ if _PARALLEL is not None:
     _PARALLEL.restype = None
 
 
+@functools.cache
 def obstacle() -> str:
-    """Why this processor cannot run the kernel, or should not; empty if it can."""
+    """Why the kernel cannot run here, or should not; empty if it can. LLVM aborts on instructions its target lacks."""
     processor = torch.cpu.get_capabilities()
     if not processor.get("avx512_bf16"):
         return "the processor has no avx512_bf16"
     if processor.get("amx_bf16"):
         return "the processor has amx_bf16, whose products are faster"
-    return "" if _PARALLEL else "torch has no OpenMP threads"
+    if _PARALLEL is None:
+        return "torch has no OpenMP threads"
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed"
+    from llvmlite.binding import get_host_cpu_features
+    from numba import config
+
+    if config.DISABLE_JIT or config.CPU_NAME or config.CPU_FEATURES or not get_host_cpu_features().get("avx512bf16"):
+        return "numba does not compile for this processor (NUMBA_DISABLE_JIT, NUMBA_CPU_NAME, NUMBA_CPU_FEATURES)"
+    return ""
 
 
 def covers(x_BMD: Tensor, y: Tensor) -> bool:
     """bfloat16, Y per sample, m >= 8, d and k multiples of 8."""
     _, m, d = x_BMD.shape
-    sizes = m >= kernels.ROWS and d % 8 == 0 and y.shape[-1] % 8 == 0 and x_BMD.numel() > 0
+    sizes = m >= 8 and d % 8 == 0 and y.shape[-1] % 8 == 0 and x_BMD.numel() > 0
     return x_BMD.dtype == torch.bfloat16 and y.dim() == 3 and sizes
 
 
@@ -65,6 +74,8 @@ def _run(
     backward: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """inner = A^T z and out = A inner, of every sample; in `backward`, (y, T, dx), dx too, and inner is not kept."""
+    from c2al.ops import _avx512_kernels as kernels  # compiles, which only `obstacle` knows to be safe
+
     if x_BMD.stride(2) != 1:
         x_BMD = x_BMD.contiguous()
     (batch, m, d), k = x_BMD.shape, z_BPK.shape[-1]
@@ -78,16 +89,12 @@ def _run(
     piece = max(1, batch // (16 * threads))
     y, t, dx = (0, 0, 0) if backward is None else (tensor.data_ptr() for tensor in backward)
     inner = 0 if inner_BQK is None else inner_BQK.data_ptr()
-    record = np.array(
-        (
-            *(0, 0),  # counters: next sample, next thread
-            *(batch, m, d, k, paper, piece),
-            *(x_BMD.data_ptr(), x_BMD.stride(0) * 2, x_BMD.stride(1) * 2),
-            *(z_BPK.data_ptr(), inner, out_BPK.data_ptr(), y, t, dx),
-            *(aligned, x_bytes, z_bytes, thread_bytes),
-        ),
-        dtype=np.int64,
+    record = (ctypes.c_int64 * kernels.RECORD)(
+        *(0, 0),  # counters: next sample, next thread
+        *(batch, m, d, k, paper, piece),
+        *(x_BMD.data_ptr(), x_BMD.stride(0) * 2, x_BMD.stride(1) * 2),
+        *(z_BPK.data_ptr(), inner, out_BPK.data_ptr(), y, t, dx),
+        *(aligned, x_bytes, z_bytes, thread_bytes),
     )
-    assert len(record) == kernels.RECORD
     assert _PARALLEL is not None
-    _PARALLEL(kernels.worker.address, record.ctypes.data, threads, 0)
+    _PARALLEL(kernels.worker.address, ctypes.addressof(record), threads, 0)

@@ -12,14 +12,15 @@ import functools
 import importlib.util
 import logging
 import math
-from typing import Any, Literal
+import types
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import _eager
+from c2al.ops import _avx512, _eager
 from c2al.ops._triton_config import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
@@ -103,24 +104,13 @@ def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
     return "eager" if obstacle else "triton"
 
 
-def _on_cpu(x_BMD: Tensor, y: Tensor, backend: str) -> Any:
+def _implementation(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
     """The module whose `products` and `gradients` run these operands."""
-    if backend == "eager" or x_BMD.dtype != torch.bfloat16 or x_BMD.device.type != "cpu":
+    if backend == "eager" or x_BMD.device.type != "cpu" or not _avx512.covers(x_BMD, y):
         return _eager
-    kernel, obstacle = _avx512()
-    _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
-    return kernel if kernel and kernel.covers(x_BMD, y) else _eager
-
-
-@functools.cache
-def _avx512() -> tuple[Any, str]:
-    """(the module or None, why it is None)."""
-    try:
-        from c2al.ops import _avx512
-    except ImportError as error:
-        return None, str(error)
     obstacle = _avx512.obstacle()
-    return (None if obstacle else _avx512), obstacle
+    _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
+    return _eager if obstacle else _avx512
 
 
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
@@ -157,7 +147,7 @@ def _forward_op(
 
         out_BPK, rstd_BP = _triton.forward(x_BMD, y, paper, norm_eps)
         return out_BPK, out_BPK.new_empty(0), rstd_BP
-    g_BPK, t_BQK = _on_cpu(x_BMD, y, backend).products(x_BMD, y, paper)
+    g_BPK, t_BQK = _implementation(x_BMD, y, backend).products(x_BMD, y, paper)
     out_BPK, rstd_BP = _eager.norm(g_BPK, norm_eps)
     return out_BPK, t_BQK, rstd_BP
 
@@ -192,7 +182,7 @@ def _backward_op(
         return _triton.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
         grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    dx_BMD, dy = _on_cpu(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
+    dx_BMD, dy = _implementation(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
     return dx_BMD, dy
 
 

@@ -1,17 +1,20 @@
 """The CPU's bfloat16 kernel: every edge of its panels and tiles, and nothing written beyond its results."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from fm_reference import assert_within_rounding, operands, reference, relative, run
 
+from c2al.ops import _avx512 as KERNEL
 from c2al.ops import _eager
 from c2al.ops import fm_attention as module
 from c2al.ops.fm_attention import fm_attention
 
-KERNEL, OBSTACLE = module._avx512()
-pytestmark = pytest.mark.skipif(KERNEL is None, reason=f"no avx512_bf16 kernel here: {OBSTACLE}")
+pytestmark = pytest.mark.skipif(bool(KERNEL.obstacle()), reason=KERNEL.obstacle())
 
 SIZES = {  # B, M, D, K
     "one tile": (1, 8, 8, 8),
@@ -121,8 +124,8 @@ COVERED = {  # (B, M, D, K), shared, dtype: whether the kernel takes it
 @pytest.mark.parametrize(("size", "shared", "dtype", "taken"), COVERED.values(), ids=COVERED.keys())
 def test_other_operands_take_the_eager_path(size, shared, dtype, taken):
     x, y, grad = operands(size, "paper", shared, dtype)
-    assert module._on_cpu(x, y, "auto") is (KERNEL if taken else _eager)
-    assert module._on_cpu(x, y, "eager") is _eager
+    assert module._implementation(x, y, "auto") is (KERNEL if taken else _eager)
+    assert module._implementation(x, y, "eager") is _eager
     actual = run(lambda x, y: fm_attention(x, y, layout="paper"), x, y, grad)
     eager = run(lambda x, y: fm_attention(x, y, layout="paper", backend="eager"), x, y, grad)
     for a, e in zip(actual, eager, strict=True):
@@ -154,3 +157,19 @@ def test_opcheck_and_layer_norm_and_one_graph():
     plain = run(lambda x, y: fm_attention(x * 2, y, layout="wukong", norm_eps=1e-3, backend="eager"), x, y, grad)
     for a, e, c in zip(run(step, x, y, grad), expected, plain, strict=True):
         assert relative(a, e) <= 1.2 * relative(c, e)
+
+
+@pytest.mark.parametrize("setting", ["NUMBA_CPU_NAME=generic", "NUMBA_DISABLE_JIT=1", "NUMBA_CPU_FEATURES=+avx2"])
+def test_a_compiler_for_another_processor_is_not_asked(setting):
+    """LLVM would end the process; the op runs eager and says so."""
+    code = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+from c2al.ops.fm_attention import fm_attention
+x, y = torch.ones(2, 8, 8, dtype=torch.bfloat16), torch.ones(2, 8, 8, dtype=torch.bfloat16)
+assert (fm_attention(x, y, layout="paper") == 64).all()
+"""
+    environment = os.environ | dict([setting.split("=")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "eager kernels (numba does not compile" in done.stderr
