@@ -71,10 +71,11 @@ TORCH_ONLY = [m for m, _ in modules() if LAYERS[part(m)] <= 2 and part(m) != "c2
 
 def test_lower_layers_import_with_torch_alone():
     blocked = ["torchrec", "fbgemm_gpu", "pyarrow", "numba", "scipy", "pandas", "matplotlib", "torchmetrics", "torchx"]
+    without = [m for m in TORCH_ONLY if "_triton" not in m and m != "c2al.ops._avx512_kernels"]
     code = (
         "import sys, importlib\n"
         f"for name in {blocked}: sys.modules[name] = None\n"  # as if not installed
-        f"for module in {[m for m in TORCH_ONLY if 'ops._' not in m]}: importlib.import_module(module)\n"
+        f"for module in {without}: importlib.import_module(module)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr

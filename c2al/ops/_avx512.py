@@ -74,6 +74,8 @@ def _run(
     backward: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """inner = A^T z and out = A inner, of every sample; in `backward`, (y, T, dx), dx too, and inner is not kept."""
+    import numpy as np  # numba's; torch alone does without
+
     from c2al.ops import _avx512_kernels as kernels  # compiles, which only `obstacle` knows to be safe
 
     if x_BMD.stride(2) != 1:
@@ -89,12 +91,15 @@ def _run(
     piece = max(1, batch // (16 * threads))
     y, t, dx = (0, 0, 0) if backward is None else (tensor.data_ptr() for tensor in backward)
     inner = 0 if inner_BQK is None else inner_BQK.data_ptr()
-    record = (ctypes.c_int64 * kernels.RECORD)(
-        *(0, 0),  # counters: next sample, next thread
-        *(batch, m, d, k, paper, piece),
-        *(x_BMD.data_ptr(), x_BMD.stride(0) * 2, x_BMD.stride(1) * 2),
-        *(z_BPK.data_ptr(), inner, out_BPK.data_ptr(), y, t, dx),
-        *(aligned, x_bytes, z_bytes, thread_bytes),
+    record = np.array(
+        (
+            *(0, 0),
+            *(batch, m, d, k, paper, piece),
+            *(x_BMD.data_ptr(), x_BMD.stride(0) * 2, x_BMD.stride(1) * 2),
+            *(z_BPK.data_ptr(), inner, out_BPK.data_ptr(), y, t, dx),
+            *(aligned, x_bytes, z_bytes, thread_bytes),
+        ),
+        dtype=kernels.RECORD,
     )
     assert _PARALLEL is not None
-    _PARALLEL(kernels.worker.address, ctypes.addressof(record), threads, 0)
+    _PARALLEL(kernels.worker.address, record.ctypes.data, threads, 0)

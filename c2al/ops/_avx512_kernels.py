@@ -23,22 +23,32 @@ Addresses and strides are in bytes, as integers: numba has no type for what LLVM
 import itertools
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 ROWS, PANEL = 8, 32
-RECORD = 21
-"""Fields of the record that a worker reads."""
+RECORD = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *("next_sample", "next_thread"),
+            *("batch", "m", "d", "k", "paper", "piece"),
+            *("x", "x_sample", "x_stride", "z", "inner", "out", "y", "t", "dx"),
+            *("scratch", "x_bytes", "z_bytes", "thread_bytes"),
+        )
+    ]
+)
+"""What a worker reads: two counters that the threads share, sizes, addresses of the operands (0: none) and strides,
+and the scratch of all threads with the bytes of its parts."""
 PANEL_ROW = PANEL * 4
 """Bytes of one pair of rows in a panel."""
 
 
 class _BFloat(ir.Type):
     """LLVM's bfloat, which llvmlite has no name for."""
-
-    intrinsic_name = "bf16"
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -134,7 +144,7 @@ def _make_tile(packed: bool, halves: int):
     return tile
 
 
-_tile_of_rows, _tile_of_panel = _make_tile(packed=False, halves=2), _make_tile(packed=True, halves=2)
+_wide_tile_of_rows, _wide_tile_of_panel = _make_tile(packed=False, halves=2), _make_tile(packed=True, halves=2)
 _narrow_tile_of_rows, _narrow_tile_of_panel = _make_tile(packed=False, halves=1), _make_tile(packed=True, halves=1)
 
 
@@ -203,6 +213,26 @@ def _lanes(number, limit):
 
 
 @numba.njit(cache=True)
+def _tile_of_rows(c, c_stride, left, a1, b1, pairs1, a2, b2, pairs2, stride):
+    """A tile with as many columns as are `left`, at most a panel's."""
+    columns = _lanes(left, PANEL)
+    if left > 16:
+        _wide_tile_of_rows(c, c_stride, columns, a1, b1, pairs1, a2, b2, pairs2, stride)
+    else:
+        _narrow_tile_of_rows(c, c_stride, columns, a1, b1, pairs1, a2, b2, pairs2, stride)
+
+
+@numba.njit(cache=True)
+def _tile_of_panel(c, c_stride, left, a, b, pairs):
+    """The same for eight columns of a packed operand."""
+    columns = _lanes(left, PANEL)
+    if left > 16:
+        _wide_tile_of_panel(c, c_stride, columns, a, b, pairs, 0, 0, 0, 0)
+    else:
+        _narrow_tile_of_panel(c, c_stride, columns, a, b, pairs, 0, 0, 0, 0)
+
+
+@numba.njit(cache=True)
 def _pack(target, source, stride, rows, columns):
     """[rows][columns] to [columns / 32][rows / 2][32][2], rows in order: that is how memory is read best."""
     pairs = (rows + 1) // 2
@@ -231,14 +261,10 @@ def _row_times(out, x, x_stride, z, m, d, k):
     """out[m, k] = x Z, Z packed [d][k]."""
     for panel in range(panels(k)):
         b = z + panel * (d // 2) * PANEL_ROW
-        columns = _lanes(k - panel * PANEL, PANEL)
         for i in range(0, m, ROWS):
             row = min(i, m - ROWS)
             c, a = out + (row * k + panel * PANEL) * 2, x + row * x_stride
-            if k - panel * PANEL > 16:
-                _tile_of_rows(c, k * 2, columns, a, b, d // 2, 0, 0, 0, x_stride)
-            else:
-                _narrow_tile_of_rows(c, k * 2, columns, a, b, d // 2, 0, 0, 0, x_stride)
+            _tile_of_rows(c, k * 2, k - panel * PANEL, a, b, d // 2, 0, 0, 0, x_stride)
 
 
 @numba.njit(cache=True)
@@ -249,13 +275,9 @@ def _column_times(out, x, z, m, d, k):
         a = x + i // PANEL * pairs * PANEL_ROW
         for panel in range(panels(k)):
             b = z + panel * pairs * PANEL_ROW
-            columns = _lanes(k - panel * PANEL, PANEL)
             for r in range(0, min(PANEL, d - i), ROWS):
                 c = out + ((i + r) * k + panel * PANEL) * 2
-                if k - panel * PANEL > 16:
-                    _tile_of_panel(c, k * 2, columns, a + r * 4, b, pairs, 0, 0, 0, 0)
-                else:
-                    _narrow_tile_of_panel(c, k * 2, columns, a + r * 4, b, pairs, 0, 0, 0, 0)
+                _tile_of_panel(c, k * 2, k - panel * PANEL, a + r * 4, b, pairs)
 
 
 @numba.njit(cache=True)
@@ -263,12 +285,11 @@ def _outer_sum(out, u1, v1, u2, v2, m, d, k):
     """out[m, d] = U1 V1^T + U2 V2^T, U [m][k] as they lie, V packed transposed."""
     panel_bytes = panels(k) * 16 * PANEL_ROW
     for panel in range(panels(d)):
-        columns = _lanes(d - panel * PANEL, PANEL)
         b1, b2 = v1 + panel * panel_bytes, v2 + panel * panel_bytes
         for i in range(0, m, ROWS):
             row = min(i, m - ROWS)
             c, a1, a2 = out + (row * d + panel * PANEL) * 2, u1 + row * k * 2, u2 + row * k * 2
-            _tile_of_rows(c, d * 2, columns, a1, b1, k // 2, a2, b2, k // 2, k * 2)
+            _tile_of_rows(c, d * 2, d - panel * PANEL, a1, b1, k // 2, a2, b2, k // 2, k * 2)
 
 
 @numba.njit(cache=True)
@@ -288,33 +309,31 @@ def _both_ways(paper, x, x_stride, z, inner, out, packed, m, d, k):
         _row_times(out, x, x_stride, packed_inner, m, d, k)
 
 
-@numba.cfunc(types.void(types.CPointer(types.int64)), cache=True)
+@numba.cfunc(types.void(types.CPointer(numba.from_dtype(RECORD))), cache=True)
 def worker(pointer):
     """One thread's share: takes pieces of the batch until none is left. _avx512.py fills the record."""
-    record = carray(pointer, (RECORD,))
-    batch, m, d, k, paper, piece = record[2], record[3], record[4], record[5], record[6] != 0, record[7]
-    x, x_sample, x_stride, z, inner, out = record[8], record[9], record[10], record[11], record[12], record[13]
-    y, t, dx = record[14], record[15], record[16]
+    records = carray(pointer, (1,))
+    r, next_sample = records[0], records.ctypes.data
+    paper, m, d, k = r.paper != 0, r.m, r.d, r.k
     p, q = (d, m) if paper else (m, d)
-    packed_x = record[17] + _fetch_add(record.ctypes.data + 8, 1) * record[20]
-    packed_z = packed_x + record[18]
-    packed_inner = packed_z + record[19]
-    s = packed_inner + record[19]
+    packed_x = r.scratch + _fetch_add(next_sample + 8, 1) * r.thread_bytes
+    packed_z = packed_x + r.x_bytes
+    packed_inner = packed_z + r.z_bytes
+    s = packed_inner + r.z_bytes
+    packed = packed_x, packed_z, packed_inner
     while True:
-        start = _fetch_add(record.ctypes.data, piece)
-        if start >= batch:
+        start = _fetch_add(next_sample, r.piece)
+        if start >= r.batch:
             break
-        for i in range(start, min(start + piece, batch)):
-            at_p, at_q = i * p * k * 2, i * q * k * 2
-            inner_i = inner + at_q if dx == 0 else s
-            packed = packed_x, packed_z, packed_inner
-            _both_ways(paper, x + i * x_sample, x_stride, z + at_p, inner_i, out + at_p, packed, m, d, k)
-            if dx != 0:
-                # paper: dX = T dG^T + S Y^T; wukong: dX = dG T^T + Y S^T
-                if paper:
-                    u1, v1, u2, v2 = t + at_q, z + at_p, s, y + at_p
-                else:
-                    u1, v1, u2, v2 = z + at_p, t + at_q, y + at_p, s
-                _pack_transposed(packed_z, v1, d, k)
-                _pack_transposed(packed_inner, v2, d, k)
-                _outer_sum(dx + i * m * d * 2, u1, packed_z, u2, packed_inner, m, d, k)
+        for i in range(start, min(start + r.piece, r.batch)):
+            x, z, y = r.x + i * r.x_sample, r.z + i * p * k * 2, r.y + i * p * k * 2
+            t, out = r.t + i * q * k * 2, r.out + i * p * k * 2
+            if r.dx == 0:
+                _both_ways(paper, x, r.x_stride, z, r.inner + i * q * k * 2, out, packed, m, d, k)
+                continue
+            _both_ways(paper, x, r.x_stride, z, s, out, packed, m, d, k)
+            # paper: dX = T dG^T + S Y^T; wukong: dX = dG T^T + Y S^T
+            u1, v1, u2, v2 = (t, z, s, y) if paper else (z, t, y, s)
+            _pack_transposed(packed_z, v1, d, k)
+            _pack_transposed(packed_inner, v2, d, k)
+            _outer_sum(r.dx + i * m * d * 2, u1, packed_z, u2, packed_inner, m, d, k)
