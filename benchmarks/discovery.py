@@ -171,9 +171,9 @@ def count(files: list[str], name: str) -> int:
 
     from c2al.config import DistConfig, parse_config
     from c2al.data.source import open_dataset
-    from c2al.discovery.scan import Columns
-    from c2al.dist.process import process_group
-    from c2al.jobs._discover_scan import scan as product_scan
+    from c2al.discovery.accumulate import Columns
+    from c2al.discovery.passes import scan as product_scan
+    from c2al.distributed.process import process_group
 
     config = parse_config(tomllib.loads(CONFIG % ("true" if name == "jackknife" else "false")))
     columns = Columns(prediction="prediction", label="label", user="user_id")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from c2al.config import write_atomically
+from c2al.files import write_atomically
 from c2al.ops.fm_attention import fm_attention
 
 SHAPES = ((16, 64, 8), (48, 64, 16), (128, 128, 32), (512, 128, 64), (256, 256, 64))

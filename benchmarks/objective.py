@@ -2,7 +2,7 @@
 
     python benchmarks/objective.py [--threads 2]
 
-Forward and backward of c2al.objective against a hand-written autograd function that computes the
+Forward and backward of c2al.nn.objective against a hand-written autograd function that computes the
 losses and the gradient of the logits in one pass (what a fused kernel would save in torch calls),
 beside one training step of a small DHEN at the same batch: the share is what fusion could win.
 Every round times all three; rows are medians.
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from c2al.config import ModelConfig
 from c2al.nn.dhen import DHEN
-from c2al.nn.heads import Heads
-from c2al.objective import objective
+from c2al.nn.objective import objective
+from c2al.nn.prediction_heads import Heads
 
 FIELDS = 20
 SCALES = {"lambda_head": 0.1, "lambda_tail": 0.1}

@@ -1,7 +1,7 @@
 """What does C2AL cost a training step, and does training wait for data?
 
-    python benchmarks/step.py --config launch/configs/demo.toml
-    python benchmarks/step.py --config launch/configs/production.toml --rows 200000
+    python benchmarks/step.py --config c2al/configs/demo.toml
+    python benchmarks/step.py --config c2al/configs/production.toml --rows 200000
 
 Overhead: a baseline (lambda 0, heads absent) and a C2AL trainer of the same config take turns on the
 same batches in memory, everything a step does included (pipeline, update, metrics); the ratio is taken
@@ -25,9 +25,9 @@ import torch
 
 from c2al.config import Config, load_config, replace
 from c2al.data.synthetic import SURFACES, SynthConfig, synthesise
-from c2al.dist.process import World, process_group
-from c2al.jobs.run import start_run
-from c2al.jobs.train import Trainer, train
+from c2al.distributed.process import World, process_group
+from c2al.training.run_folder import start_run
+from c2al.training.trainer import Trainer, train
 
 
 def cohorts_file(path: Path) -> Path:

@@ -163,7 +163,7 @@ def _ranks(
     environment = {
         # dist.ddp has no argument for it; torchrun reads its options from PET_ variables.
         "PET_MAX_RESTARTS": str(max_restarts),
-        # Else restarted ranks may read the addresses of the dead ones and hang (c2al/dist/process.py).
+        # Else restarted ranks may read the addresses of the dead ones and hang (c2al/distributed/process.py).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # Workers that each start a thread a core slow each other down several times.
         "OMP_NUM_THREADS": str(CPUS) if device == "cuda" else "1",

@@ -26,7 +26,7 @@ from typing import TypeVar
 import torch
 
 from c2al.data.synthetic import SynthConfig, synthesise
-from c2al.dist.checkpoint import load_unsharded
+from c2al.distributed.checkpoint import load_unsharded
 
 ROOT = Path(__file__).parents[1]
 RANKS = 2

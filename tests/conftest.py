@@ -1,4 +1,4 @@
-"""Being here puts tests/ on the import path, so a test can `from distributed import run_ranks`."""
+"""Being here puts tests/ on the import path, so a test can `from ranks import run_ranks`."""
 
 import os
 

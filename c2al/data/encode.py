@@ -18,7 +18,7 @@ from c2al.data.schema import TRANSFORMS, Statistics, canonical, dense_values, fl
 from c2al.errors import DataError
 
 if TYPE_CHECKING:
-    from c2al.cohorts import CohortSpec
+    from c2al.data.cohorts import CohortSpec
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

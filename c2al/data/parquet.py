@@ -22,7 +22,7 @@ from c2al.data.source import File, open_dataset
 from c2al.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from c2al.cohorts import CohortSpec
+    from c2al.data.cohorts import CohortSpec
 
 __all__ = ["BatchReader", "open_dataset"]
 

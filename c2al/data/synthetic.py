@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from c2al.config import write_atomically
 from c2al.data.encode import gather, offsets_of
-from c2al.data.sink import SplitWriter, new_folder
+from c2al.data.ingest.splits import SplitWriter
 from c2al.errors import ConfigError
+from c2al.files import new_folder, write_atomically
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

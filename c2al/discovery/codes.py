@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from c2al.cohorts import Category, numeric
+from c2al.data.cohorts import Category, numeric
 from c2al.discovery.histogram import GROUPS, Key
 from c2al.errors import CohortError, DataError
 

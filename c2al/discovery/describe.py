@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from c2al.cohorts import VERSION
 from c2al.config import Axis, DiscoverConfig
+from c2al.data.cohorts import VERSION
+from c2al.discovery.accumulate import Accumulators, cohort_spec, parts
 from c2al.discovery.divergence import MEASURES, TINY
 from c2al.discovery.histogram import BINS, COUNT, LOW, NEGATIVE, POSITIVE, Counts, slot_edges
-from c2al.discovery.scan import Accumulators, cohort_spec, parts
 from c2al.discovery.select import AxisPairs, Choice, choose, compare_axis
 
 LISTED_PAIRS = 50

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from c2al.cohorts import Category
+from c2al.data.cohorts import Category
 from c2al.errors import CohortError
 
 BINS = 24 * 64

@@ -8,10 +8,8 @@ from pathlib import Path
 
 from c2al.config import load_config
 from c2al.data.synthetic import SynthConfig, synthesise
-from c2al.dist.process import process_group
-from c2al.jobs.experiment import experiment
-
-CONFIG = "configs/demo.toml"
+from c2al.distributed.process import process_group
+from c2al.experiment.run import experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     data = args.output / "data"
     splits = [f"--data.{split}=['{data / split}']" for split in ("train", "validation", "test")]
-    config = load_config(str(files("launch") / CONFIG), [*splits, *overrides])
+    config = load_config(str(files("c2al.configs") / "demo.toml"), [*splits, *overrides])
     with process_group(config.dist) as world:
 
         def make_data() -> None:

@@ -1,7 +1,7 @@
 """FM attention in bfloat16 on processors with avx512_bf16: runs the kernel of _avx512_kernels.py.
 
 Legend: B batch, M fields, D embedding dim, p x q the matrix A of a sample (x^T or x), K columns of
-Y. T is saved for backward, as in _eager.py.
+Y. T is saved for backward, as in eager.py.
 
 numba compiles the kernel at first use and caches it beside its source, so no compiler is needed where
 it runs. It runs on torch's own OpenMP threads: a second pool would fight them for the cores.

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import _avx512, _eager
-from c2al.ops._triton_config import configurations, precision_of
+from c2al.ops import _avx512, eager
+from c2al.ops.triton.configurations import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
 Backend = Literal["auto", "triton", "eager"]
@@ -107,10 +107,10 @@ def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
 def _implementation(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
     """The module whose `products` and `gradients` run these operands."""
     if backend == "eager" or x_BMD.device.type != "cpu" or not _avx512.covers(x_BMD, y):
-        return _eager
+        return eager
     obstacle = _avx512.obstacle()
     _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
-    return _eager if obstacle else _avx512
+    return eager if obstacle else _avx512
 
 
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
@@ -143,12 +143,12 @@ def _forward_op(
     """(out, T, rstd): T = A^T Y, not saved by Triton; rstd of the rows, with norm_eps only; else size 0."""
     paper = layout == "paper"
     if backend == "triton":
-        from c2al.ops import _triton
+        from c2al.ops.triton import launch
 
-        out_BPK, rstd_BP = _triton.forward(x_BMD, y, paper, norm_eps)
+        out_BPK, rstd_BP = launch.forward(x_BMD, y, paper, norm_eps)
         return out_BPK, out_BPK.new_empty(0), rstd_BP
     g_BPK, t_BQK = _implementation(x_BMD, y, backend).products(x_BMD, y, paper)
-    out_BPK, rstd_BP = _eager.norm(g_BPK, norm_eps)
+    out_BPK, rstd_BP = eager.norm(g_BPK, norm_eps)
     return out_BPK, t_BQK, rstd_BP
 
 
@@ -177,11 +177,11 @@ def _backward_op(
     """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
     paper = layout == "paper"
     if backend == "triton":
-        from c2al.ops import _triton
+        from c2al.ops.triton import launch
 
-        return _triton.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
+        return launch.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
-        grad_BPK = _eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
+        grad_BPK = eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
     dx_BMD, dy = _implementation(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
     return dx_BMD, dy
 

@@ -3,8 +3,8 @@
 ::
 
     config.toml  command.txt  versions.json
-    cohorts/cohorts.json               see c2al.cohorts and c2al.discovery
-    evaluation/evaluation.json         see c2al.jobs.evaluation
+    cohorts/cohorts.json               see c2al.data.cohorts and c2al.discovery
+    evaluation/evaluation.json         see c2al.evaluation.result
     seed_<s>/baseline/run/metrics.jsonl    a record a line: {"step": ..., "kind": "train" | "validation" | "y", ...}
     seed_<s>/baseline/scores_test/         see c2al.jobs.score; the first seed's are read
     seed_<s>/c2al/...                      the same
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from c2al.config import Config, load_config
 from c2al.errors import DataError
-from c2al.jobs import bootstrap
-from c2al.jobs.evaluation import Evaluation, read_evaluation
-from c2al.jobs.scored import Segments, blocks, open_scores
+from c2al.evaluation import bootstrap
+from c2al.evaluation.result import Evaluation, read_evaluation
+from c2al.evaluation.scores import Segments, blocks, open_scores
 
 Float = NDArray[np.float64]
 Line = tuple[Float, Float]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from c2al.diagnostics import Y_EDGES
-from c2al.jobs.evaluation import Segment
+from c2al.evaluation.result import Segment
+from c2al.training.diagnostics import Y_EDGES
 
 Float = NDArray[np.float64]
 

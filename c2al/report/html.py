@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from c2al.config import dump_config, write_atomically
-from c2al.diagnostics import NEAR_ZERO, NEAR_ZERO_RELATIVE
-from c2al.jobs.evaluation import COHORT, OVERALL, Estimate, Segment
+from c2al.config import dump_config
+from c2al.evaluation.result import COHORT, OVERALL, Estimate, Segment
+from c2al.files import write_atomically
 from c2al.report import figures
 from c2al.report.experiment import ARMS, Experiment, read_experiment
 from c2al.report.style import CSS
+from c2al.training.diagnostics import NEAR_ZERO, NEAR_ZERO_RELATIVE
 
 MOST_SEGMENTS = 30
 """Bars of one axis; the largest segments are drawn, all are in evaluation.csv."""

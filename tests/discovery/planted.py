@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from c2al.config import Axis
+from c2al.discovery.accumulate import BLOCK_ROWS, BlockScanner, Columns
 from c2al.discovery.histogram import Counts
-from c2al.discovery.scan import BLOCK_ROWS, BlockScanner, Columns
 
 AXIS = Axis(name="axis", column="axis")
 COLUMNS = Columns(prediction="prediction", label="label", user="user")

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from c2al.config import Axis, DiscoverConfig
+from c2al.discovery.accumulate import Accumulators, BlockScanner, Columns, cohort_spec, fixed_cuts, parts, targets
 from c2al.discovery.describe import LISTED_PAIRS, describe, table
-from c2al.discovery.scan import Accumulators, BlockScanner, Columns, cohort_spec, fixed_cuts, parts, targets
 from c2al.errors import CohortError
 
 TAB = Axis(name="tab", column="tab")

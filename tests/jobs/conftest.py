@@ -2,7 +2,7 @@
 
 import pytest
 
-from c2al.dist.process import process_group
+from c2al.distributed.process import process_group
 from impressions import splits
 
 

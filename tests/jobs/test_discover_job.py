@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.__main__ import main
-from c2al.cohorts import read_cohorts
 from c2al.config import DistConfig, load_config
-from c2al.dist.process import process_group
-from c2al.jobs.discover import discover
-from distributed import run_ranks
+from c2al.data.cohorts import read_cohorts
+from c2al.discovery.discover import discover
+from c2al.distributed.process import process_group
+from ranks import run_ranks
 
 CONFIG = """
 data.user_id = "user"

@@ -8,12 +8,12 @@ import pytest
 
 from c2al.__main__ import main
 from c2al.config import load_config, replace, save_config
-from c2al.dist.process import process_group
+from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
-from c2al.jobs.evaluate import evaluate
-from c2al.jobs.experiment import experiment
-from c2al.jobs.score import score
-from c2al.jobs.train import train
+from c2al.evaluation.evaluate import evaluate
+from c2al.experiment.run import experiment
+from c2al.training.score import score
+from c2al.training.trainer import train
 from impressions import splits
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ import torch
 from c2al.config import replace
 from c2al.data.parquet import BatchReader
 from c2al.data.schema import Statistics
-from c2al.dist.checkpoint import load_unsharded
+from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import ConfigError
-from c2al.jobs.export import export
-from c2al.jobs.score import score
-from c2al.jobs.train import train
+from c2al.serving.export import export
+from c2al.training.score import score
+from c2al.training.trainer import train
 from impressions import write_cohorts
 
 

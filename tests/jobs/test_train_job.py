@@ -14,9 +14,9 @@ import torch
 
 from c2al.__main__ import main
 from c2al.config import parse_config, replace, save_config
-from c2al.dist.checkpoint import load_unsharded
+from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import CheckpointError, ConfigError, TrainingError
-from c2al.jobs.train import train
+from c2al.training.trainer import train
 from impressions import tree, write_cohorts, write_impressions
 
 

@@ -7,7 +7,7 @@ import yaml
 from torchx.runner import get_runner
 
 from c2al.config import load_config
-from c2al.dist.process import FRESH_STORE
+from c2al.distributed.process import FRESH_STORE
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["train", "score", "discover", "experiment"]

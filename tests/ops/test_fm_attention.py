@@ -6,9 +6,9 @@ from fm_reference import assert_within_rounding, operands, reference, relative, 
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import _eager
-from c2al.ops._triton_config import configurations, precision_of
+from c2al.ops import eager
 from c2al.ops.fm_attention import fm_attention
+from c2al.ops.triton.configurations import configurations, precision_of
 
 SIZES = {  # B, M, D, K
     "odd": (3, 5, 7, 3),
@@ -40,7 +40,7 @@ def test_output_and_every_gradient_match_the_formula(size, layout, shared, norm_
 @pytest.mark.parametrize("batch", [1, 6, 7])
 def test_pieces_of_a_batch_make_the_whole(batch, layout, monkeypatch):
     x, y, grad = operands((batch, 5, 6, 3), layout, shared=False)
-    monkeypatch.setattr(_eager, "CHUNK_BYTES", 3 * 5 * 6 * x.element_size())  # three samples a piece
+    monkeypatch.setattr(eager, "CHUNK_BYTES", 3 * 5 * 6 * x.element_size())  # three samples a piece
     expected = run(lambda x, y: reference(x, y, layout), x, y, grad)
     for a, e in zip(run(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad), expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)

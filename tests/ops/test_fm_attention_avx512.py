@@ -10,7 +10,7 @@ import torch
 from fm_reference import assert_within_rounding, operands, reference, relative, run
 
 from c2al.ops import _avx512 as KERNEL
-from c2al.ops import _eager
+from c2al.ops import eager as eager_ops
 from c2al.ops import fm_attention as module
 from c2al.ops.fm_attention import fm_attention
 
@@ -46,7 +46,7 @@ def test_output_and_every_gradient_are_rounded_no_worse_than_eager(size, layout)
 def test_nothing_is_written_beyond_the_results(size, layout):
     x, y, grad = (t.detach() for t in operands(size, layout, False, torch.bfloat16))
     paper, guard = layout == "paper", 4096
-    _, t = _eager.products(x, y, paper)
+    _, t = eager_ops.products(x, y, paper)
 
     def guarded(like):
         store = torch.full((like.numel() + 2 * guard,), 7.0, dtype=torch.bfloat16)
@@ -124,8 +124,8 @@ COVERED = {  # (B, M, D, K), shared, dtype: whether the kernel takes it
 @pytest.mark.parametrize(("size", "shared", "dtype", "taken"), COVERED.values(), ids=COVERED.keys())
 def test_other_operands_take_the_eager_path(size, shared, dtype, taken):
     x, y, grad = operands(size, "paper", shared, dtype)
-    assert module._implementation(x, y, "auto") is (KERNEL if taken else _eager)
-    assert module._implementation(x, y, "eager") is _eager
+    assert module._implementation(x, y, "auto") is (KERNEL if taken else eager_ops)
+    assert module._implementation(x, y, "eager") is eager_ops
     actual = run(lambda x, y: fm_attention(x, y, layout="paper"), x, y, grad)
     eager = run(lambda x, y: fm_attention(x, y, layout="paper", backend="eager"), x, y, grad)
     for a, e in zip(actual, eager, strict=True):

@@ -5,8 +5,8 @@ import torch
 from fm_reference import assert_within_rounding, operands, reference, relative, run
 
 from c2al.errors import BackendError
-from c2al.ops._triton_config import configurations, precision_of
 from c2al.ops.fm_attention import fm_attention
+from c2al.ops.triton.configurations import configurations, precision_of
 
 pytestmark = pytest.mark.gpu
 

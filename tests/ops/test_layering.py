@@ -12,7 +12,7 @@ class Refuse:
             raise ImportError(f"{name} must not be imported here")
 
 sys.meta_path.insert(0, Refuse())
-import c2al.ops.fm_attention, c2al.nn.dhen, c2al.nn.heads, c2al.nn.dense, c2al.objective
+import c2al.ops.fm_attention, c2al.nn.dhen, c2al.nn.prediction_heads, c2al.nn.dense, c2al.nn.objective
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from c2al.ops._triton_config import SHARED_MEMORY, configurations
+from c2al.ops.triton.configurations import SHARED_MEMORY, configurations
 
 BENCHMARKED = {  # p, q, k of benchmarks/fm_attention.py, which must not fall back on a GPU
     (64, 16, 8),

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from c2al.ops import _triton_kernels as kernels
-from c2al.ops._triton_config import BLOCKS_K, BLOCKS_P, BLOCKS_Q, configurations
+from c2al.ops.triton import kernels
+from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, configurations
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LONG = 1024  # beyond every block: a length that streams

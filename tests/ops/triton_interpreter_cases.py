@@ -13,8 +13,9 @@ import triton.language as tl
 from fm_reference import assert_within_rounding, operands, reference, relative, run
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from c2al.ops import _triton, fm_attention  # noqa: F401  (registers the op)
-from c2al.ops._triton_config import configurations
+from c2al.ops import fm_attention  # noqa: F401  (registers the op)
+from c2al.ops.triton import launch
+from c2al.ops.triton.configurations import configurations
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before Triton is imported"
 
@@ -57,13 +58,13 @@ SIZES = {  # B, M, D, K
 
 def use_candidate(monkeypatch, index):
     """The autotuner needs a card: take the candidate of this index without timing."""
-    monkeypatch.setattr(_triton, "configurations", lambda *a: [configurations(*a)[index]])
+    monkeypatch.setattr(launch, "configurations", lambda *a: [configurations(*a)[index]])
 
 
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
     use_candidate(monkeypatch, 0)
-    monkeypatch.setattr(_triton, "_resident_programs", lambda device: 2)
+    monkeypatch.setattr(launch, "_resident_programs", lambda device: 2)
 
 
 def attention(layout, norm_eps=None):
@@ -111,7 +112,7 @@ def test_layer_norm_in_bfloat16_is_as_good_as_eager(layout):
 def test_strided_x_is_read_in_place():
     x, y, grad = operands((5, 20, 24, 5), "paper", False, torch.float32)
     pooled = torch.cat([x.detach(), x.detach()], dim=2)[..., :24]
-    assert _triton._addressable(pooled) is pooled
+    assert launch._addressable(pooled) is pooled
     actual = run(lambda x, y: attention("paper")(torch.cat([x, x], 2)[..., :24], y), x, y, grad)
     expected = run(lambda x, y: reference(x, y, "paper"), x, y, grad)
     for a, e in zip(actual, expected, strict=True):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from c2al.config import Config, parse_config, save_config
-from c2al.diagnostics import YRecorder
 from c2al.errors import DataError
-from c2al.jobs.evaluate import evaluate
+from c2al.evaluation.evaluate import evaluate
 from c2al.nn.interactions import StaticY, YSource
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
+from c2al.training.diagnostics import YRecorder
 
 HOSTILE = '<script>alert("tab")</script>'
 """A category as data may hold it."""

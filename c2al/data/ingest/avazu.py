@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from c2al.data.ingest.splits import SplitWriter
 from c2al.data.ingest.text import read_delimited
-from c2al.data.sink import SplitWriter, new_folder
 from c2al.errors import DataError
+from c2al.files import new_folder
 
 SPLIT_OF_DAY = {**dict.fromkeys(range(141021, 141029), "train"), 141029: "validation", 141030: "test"}
 UNKNOWN_DEVICE = "a99f214a"

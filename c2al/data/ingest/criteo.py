@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from c2al.data.ingest.splits import SplitWriter
 from c2al.data.ingest.text import BLOCK_BYTES, read_delimited
-from c2al.data.sink import SplitWriter, new_folder
 from c2al.errors import DataError
+from c2al.files import new_folder
 
 _TYPES = {
     "label": pa.int8(),

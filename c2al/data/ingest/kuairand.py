@@ -19,9 +19,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from c2al.data.ingest.splits import SplitWriter
 from c2al.data.ingest.text import read_whole
-from c2al.data.sink import SplitWriter, new_folder
 from c2al.errors import DataError
+from c2al.files import new_folder
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from c2al.data.ingest.splits import SplitWriter
 from c2al.data.ingest.text import read_delimited
-from c2al.data.sink import SplitWriter, new_folder
 from c2al.errors import DataError
+from c2al.files import new_folder
 
 SHARES = {"train": 0.8, "validation": 0.9, "test": 1.0}
 """Share of the rows up to each split's end."""

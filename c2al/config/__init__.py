@@ -1,0 +1,33 @@
+"""The configuration: frozen dataclasses, and the one way to read and write them."""
+
+from c2al.config.data import Axis, DataConfig, DenseFeature, SparseFeature
+from c2al.config.distribution import DistConfig, Sharding, TableConfig
+from c2al.config.judge import DiscoverConfig, EvaluateConfig, ExperimentConfig
+from c2al.config.load import dump_config, load_config, parse_config, replace, save_config
+from c2al.config.model import FMConfig, ModelConfig
+from c2al.config.schema import Config
+from c2al.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "Axis",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DenseFeature",
+    "DiscoverConfig",
+    "DistConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "FMConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Sharding",
+    "SparseFeature",
+    "TableConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+    "parse_config",
+    "replace",
+    "save_config",
+]

@@ -1,0 +1,56 @@
+"""The sections of process group, sharding and communication."""
+
+import dataclasses
+from typing import Literal
+
+from c2al.config.problems import Problems
+
+Sharding = Literal[
+    "table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableConfig:
+    """Sharding constraints of one embedding table."""
+
+    name: str
+    sharding: tuple[Sharding, ...] = ()
+    """Types the planner may choose from; empty: dist.sharding."""
+    min_partition: int = 0
+    """Smallest column shard of column-wise types; 0: the planner's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistConfig:
+    """Process group, sharding and communication."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    sharding: tuple[Sharding, ...] = ("table_wise", "row_wise")
+    """Types the planner may choose from for every table not named in `tables`. data_parallel
+    tables are trained by row-wise Adagrad outside the fused kernel."""
+    tables: tuple[TableConfig, ...] = ()
+    plan: str = ""
+    """JSON plan file, as a run saves it; replaces the planner."""
+    local_world_size: int = 0
+    """Ranks a host in the planner's topology; 0: as launched."""
+    hbm_gib: float = 0.0
+    """Device memory a rank in the planner's topology; 0: the device's."""
+    ddr_gib: float = 8.0
+    """Host memory a rank in the planner's topology."""
+    forward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    backward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    timeout_seconds: float = 600.0
+    """Longest wait of a collective before the run ends with an error."""
+
+    def problems(self) -> Problems:
+        if not self.sharding:
+            yield "sharding", "must name at least one type"
+        if self.timeout_seconds <= 0:
+            yield "timeout_seconds", f"must be positive, is {self.timeout_seconds}"
+        for field in ("hbm_gib", "ddr_gib", "local_world_size"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"
+        names = [t.name for t in self.tables]
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield "tables", f"table '{name}' is named twice"

@@ -1,0 +1,192 @@
+"""One TOML file -> strict validation -> frozen dataclasses, and back.
+
+``load_config`` reports every problem at once, each with its dotted path. Nothing is read from
+the environment, nothing is mutated after loading, and ``dump_config`` writes a file that loads
+equal.
+"""
+
+import dataclasses
+import math
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from c2al.config.problems import hint
+from c2al.config.schema import Config
+from c2al.errors import ConfigError
+from c2al.files import write_atomically
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads and validates one TOML file.
+
+    `overrides` are the words after the known flags: ``--train.batch_size 512`` or
+    ``--train.batch_size=512``; a value is TOML, or a bare string.
+
+    Raises ConfigError with every problem, each with file and dotted path.
+    """
+    try:
+        with open(path, "rb") as f:
+            tree = tomllib.load(f)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not a readable TOML file: {e}") from e
+    return parse_config(tree, overrides, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
+    """Validates a parsed TOML tree; `source` names it in messages. Raises ConfigError."""
+    problems: list[str] = []
+    for path, value in _parse_overrides(overrides, problems):
+        _apply(tree, path, value, problems)
+    config = _build(Config, tree, "", problems)
+    if problems:
+        raise ConfigError([f"{source}: {p}" for p in problems])
+    return typing.cast(Config, config)
+
+
+def dump_config(config: Any) -> str:
+    """TOML text of a config dataclass that parses back equal to it."""
+    lines: list[str] = []
+    _dump(config, "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes the resolved config atomically."""
+    write_atomically(path, dump_config(config))
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with dotted fields changed, e.g. ``replace(c, **{"train.lambda_head": 0.1})``. Validated again."""
+    tree = tomllib.loads(dump_config(config))
+    problems: list[str] = []
+    for path, value in changes.items():
+        _apply(tree, path, list(value) if isinstance(value, tuple) else value, problems)
+    if problems:
+        raise ConfigError(problems)
+    return parse_config(tree)
+
+
+def _parse_overrides(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"command line: '{word}' is not an override; write --section.key value")
+            continue
+        path, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                problems.append(f"command line: --{path} has no value")
+                return
+            text = rest.pop(0)
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        yield path, value
+
+
+def _apply(tree: dict[str, Any], path: str, value: Any, problems: list[str]) -> None:
+    *parents, last = path.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            problems.append(f"{path}: '{part}' is not a section that an override can enter")
+            return
+        node = child
+    node[last] = value
+
+
+def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """Turns a TOML value into `kind`; on a problem appends a line and returns None."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_section(typing.cast(type, kind), value, path, problems)
+    if origin is types.UnionType:
+        return _build(next(a for a in args if a is not type(None)), value, path, problems)
+    if origin is Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+        problems.append(f"{path}: {value!r} is none of {', '.join(repr(a) for a in args)}{hint(str(value), args)}")
+        return None
+    if origin is tuple:
+        if not isinstance(value, list):
+            problems.append(f"{path}: expected a list, got {_typename(value)} {value!r}")
+            return None
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            problems.append(f"{path}: expected {len(args)} values, got {value!r}")
+            return None
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_build(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        problems.append(f"{path}: expected {kind.__name__}, got {_typename(value)} {value!r}")
+        return None
+    if kind is float and not math.isfinite(value):
+        problems.append(f"{path}: must be finite, is {value}")
+        return None
+    return value
+
+
+def _build_section(kind: type, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}: expected a section, got {_typename(value)} {value!r}")
+        return None
+    prefix = f"{path}." if path else ""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    before = len(problems)
+    for key in value:
+        if key not in fields:
+            problems.append(f"{prefix}{key}: unknown key{hint(key, fields)}")
+    built = {k: _build(hints[k], value[k], f"{prefix}{k}", problems) for k in fields if k in value}
+    for name, field in fields.items():
+        if name not in value and field.default is dataclasses.MISSING:
+            problems.append(f"{prefix}{name}: missing")
+    if len(problems) > before:
+        return None
+    section = kind(**built)
+    if hasattr(section, "problems"):
+        problems.extend(f"{prefix}{field}: {message}" for field, message in section.problems())
+    return section
+
+
+def _typename(value: Any) -> str:
+    return {"dict": "section", "str": "string"}.get(type(value).__name__, type(value).__name__)
+
+
+def _dump(section: Any, path: str, lines: list[str]) -> None:
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(v) or _is_table_array(v)}
+    for name, value in values.items():
+        if name not in nested and value is not None:
+            lines.append(f"{name} = {_toml(value)}")
+    for name, value in nested.items():
+        full = f"{path}.{name}" if path else name
+        for item in value if isinstance(value, tuple) else (value,):
+            lines.append(f"\n[[{full}]]" if isinstance(value, tuple) else f"\n[{full}]")
+            _dump(item, full, lines)
+
+
+def _is_table_array(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        escaped = "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)

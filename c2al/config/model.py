@@ -1,0 +1,82 @@
+"""The sections of the network."""
+
+import dataclasses
+from typing import Literal
+
+from c2al.config.problems import Problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FMConfig:
+    """FM attention G = X X^T Y (C2AL Eq. 3)."""
+
+    layout: Literal["paper", "wukong"] = "paper"
+    """paper: Y (d x k) mixes embedding dimensions. wukong: Y (n x k) mixes fields."""
+    y: Literal["mlp", "static"] = "mlp"
+    """mlp: Y per sample from an attention MLP. static: Y is a learned parameter."""
+    k: int = 8
+    """Columns of Y."""
+    hidden: int = 64
+    """Hidden units of the MLP that turns G into fields and, with y = 'mlp', of the attention MLP."""
+
+    def problems(self) -> Problems:
+        for field in ("k", "hidden"):
+            if getattr(self, field) < 1:
+                yield field, f"must be at least 1, is {getattr(self, field)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """EmbeddingBagCollection -> dense arch -> DHEN -> heads."""
+
+    embedding_dim: int = 16
+    """d, of every embedding table; a multiple of 4 (fbgemm)."""
+    dense_hidden: tuple[int, ...] = (64,)
+    """Hidden units of the dense arch, which maps the dense features to `dense_tokens` fields."""
+    dense_tokens: int = 1
+    """Fields the dense arch contributes beside the sparse features."""
+    layers: int = 2
+    """DHEN layers."""
+    interactions: tuple[Literal["fm_attention", "linear", "cross", "attention"], ...] = (
+        "fm_attention",
+        "linear",
+        "cross",
+    )
+    """Interaction modules of every layer."""
+    ensemble: Literal["concat", "sum"] = "concat"
+    fields: int = 0
+    """Fields every DHEN layer puts out; 0: as many as it takes in."""
+    shortcut: Literal["identity", "linear"] = "identity"
+    """identity needs fields = 0."""
+    norm: Literal["layer", "rms"] = "layer"
+    cross_rank: int = 16
+    """Rank of the DCN-v2 cross weights."""
+    attention_heads: int = 2
+    """Heads of the multi-head self-attention; divides embedding_dim."""
+    head_hidden: tuple[int, ...] = (64,)
+    """Hidden units of the primary head."""
+    auxiliary_hidden: tuple[int, ...] = ()
+    """Hidden units of each auxiliary head; none: linear in the encoder's features."""
+    dropout: float = 0.0
+    """Probability, after every DHEN layer."""
+    fm: FMConfig = FMConfig()
+
+    def problems(self) -> Problems:
+        if self.embedding_dim < 4 or self.embedding_dim % 4:
+            yield "embedding_dim", f"must be a positive multiple of 4, is {self.embedding_dim}"
+        for field in ("layers", "dense_tokens", "cross_rank", "attention_heads"):
+            if getattr(self, field) < 1:
+                yield field, f"must be at least 1, is {getattr(self, field)}"
+        for field in ("dense_hidden", "head_hidden", "auxiliary_hidden"):
+            if any(h < 1 for h in getattr(self, field)):
+                yield field, f"units must be at least 1, is {list(getattr(self, field))}"
+        if self.fields < 0:
+            yield "fields", f"must not be negative, is {self.fields}"
+        if not self.interactions or len(set(self.interactions)) != len(self.interactions):
+            yield "interactions", f"must name each module at most once and at least one, is {list(self.interactions)}"
+        if self.attention_heads >= 1 and self.embedding_dim % self.attention_heads:
+            yield "attention_heads", f"must divide embedding_dim = {self.embedding_dim}, is {self.attention_heads}"
+        if self.fields and self.shortcut == "identity":
+            yield "shortcut", "identity needs fields = 0 (a layer that keeps its number of fields)"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"must lie in [0, 1), is {self.dropout}"

@@ -1,0 +1,109 @@
+"""The sections of one training run."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from c2al.config.problems import Problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Fused row-wise Adagrad for the tables, Adam or AdamW for the rest, one schedule for both."""
+
+    sparse_lr: float = 0.05
+    sparse_eps: float = 1e-8
+    sparse_weight_decay: float = 0.0
+    """L2 penalty inside the fused row-wise Adagrad update."""
+    dense: Literal["adam", "adamw"] = "adamw"
+    dense_lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    """Of the dense optimizer."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up, to final_lr_fraction at the last step."""
+    final_lr_fraction: float = 0.0
+    clip_norm: float = 0.0
+    """Bound on the global L2 norm of the dense gradients; 0: none. The tables are updated inside
+    backward, before a global norm exists, and are not part of it."""
+
+    def problems(self) -> Problems:
+        for field in ("sparse_lr", "dense_lr", "sparse_eps"):
+            if not getattr(self, field) > 0 or not math.isfinite(getattr(self, field)):
+                yield field, f"must be a positive number, is {getattr(self, field)}"
+        for field in ("weight_decay", "sparse_weight_decay", "warmup_steps", "clip_norm"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"
+        if not all(0 <= b < 1 for b in self.betas):
+            yield "betas", f"must lie in [0, 1), is {list(self.betas)}"
+        if not 0 <= self.final_lr_fraction <= 1:
+            yield "final_lr_fraction", f"must lie in [0, 1], is {self.final_lr_fraction}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0: only at the end of training."""
+    keep_last: int = 2
+    keep_best: int = 1
+    """Checkpoints of lowest validation NE kept besides the last ones."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+    def problems(self) -> Problems:
+        if self.keep_last < 1:
+            yield "keep_last", f"must be at least 1, is {self.keep_last}"
+        for field in ("every_steps", "keep_best"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: C2AL Eq. 4 over the training split."""
+
+    batch_size: int = 1024
+    """Global batch: rows of one step over all ranks. A multiple of data.shards."""
+    accumulate: int = 1
+    """Batches whose dense gradients are summed before one optimizer step."""
+    epochs: int = 1
+    max_steps: int = 0
+    """Steps after which training ends before its epochs are over; 0: no bound."""
+    lambda_head: float = 0.0
+    """Weight of the head cohort's auxiliary loss; 0 with lambda_tail = 0: no auxiliary heads."""
+    lambda_tail: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast of the dense part; parameters and losses stay float32."""
+    log_every: int = 50
+    """Steps between log lines."""
+    eval_every: int = 0
+    """Steps between evaluations on the validation split; 0: only at the end."""
+    y_every: int = 0
+    """Steps between records of the distribution of Y; 0: only at the end."""
+    profile_steps: int = 0
+    """Steps recorded by torch.profiler after the tenth; 0: none."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def auxiliary(self) -> bool:
+        """Whether the model carries the head-cohort and tail-cohort heads."""
+        return self.lambda_head > 0 or self.lambda_tail > 0
+
+    def problems(self) -> Problems:
+        for field in ("batch_size", "accumulate", "epochs", "log_every"):
+            if getattr(self, field) < 1:
+                yield field, f"must be at least 1, is {getattr(self, field)}"
+        if self.accumulate > 1 and self.checkpoint.every_steps % self.accumulate:
+            yield (
+                "checkpoint.every_steps",
+                f"must be a multiple of accumulate = {self.accumulate}: half-summed "
+                f"gradients are not saved; is {self.checkpoint.every_steps}",
+            )
+        for field in ("max_steps", "lambda_head", "lambda_tail", "eval_every", "y_every", "profile_steps"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"

@@ -1,0 +1,1 @@
+"""The configurations that ship with c2al, as TOML files."""

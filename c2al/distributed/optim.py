@@ -1,0 +1,129 @@
+"""One optimizer over a sharded model: fused row-wise Adagrad in the tables' backward, Adam or AdamW
+for the rest, one schedule for both.
+
+Row-wise Adagrad, for the gradient g of a row of D columns: m += mean(g^2); w -= lr * g / (sqrt(m) + eps).
+A table split by columns keeps one m for each column block, over the mean of that block's columns: the
+number of column blocks belongs to the arithmetic of a run, the number of ranks does not.
+
+A fused table is updated by every backward. Where batches are accumulated before a step, a data_parallel
+table is updated once, by their summed gradient, like the dense part.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from c2al.config import OptimizerConfig
+from c2al.distributed.sharding import local_tables
+
+
+def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Factor on both learning rates at `step` (from 0): linear warm-up, 1, then decay to
+    final_lr_fraction at step total_steps - 1."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
+
+
+class Optimizer:
+    """Trains a sharded model; `step()` after every backward (or after the last of an accumulation).
+
+    The fused tables are updated inside backward, so the learning rate of step t is set before it:
+    at construction, after a load, and at the end of step t - 1.
+    """
+
+    def __init__(self, dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int):
+        self._config, self._total_steps, self._fused = config, total_steps, dmp.fused_optimizer
+        tables = local_tables(dmp)
+        # The dense kernel of data_parallel tables has no optimizer of its own, and Adam would train
+        # them differently from the same table under any other plan.
+        self._replicated = {t.name: t.blocks[0] for t in tables if t.replicated}
+        self.replicated_moments = {
+            name: torch.zeros(len(b.weight_RD), device=b.weight_RD.device) for name, b in self._replicated.items()
+        }
+        """Row-wise Adagrad sums (rows,) of the data_parallel tables, by the name of the table's weight."""
+        names = {t.name for t in tables}
+        self._dense: dict[str, nn.Parameter] = {
+            n: p for n, p in dmp.module.named_parameters() if n not in names and p.requires_grad
+        }
+        kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam
+        self._adam = kind(
+            list(self._dense.values()), lr=config.dense_lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        # Adam makes its state at the first step; a checkpoint loaded before that would have nowhere
+        # to go and be dropped without a word.
+        for p in self._dense.values():
+            self._adam.state[p] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+        self.steps = 0
+        self._schedule()
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """(tables, dense) of the coming step."""
+        scale = learning_rate_scale(self._config, self.steps, self._total_steps)
+        return self._config.sparse_lr * scale, self._config.dense_lr * scale
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients; TorchRec's gradient accumulation passes the flag as torch's optimizers take it."""
+        self._adam.zero_grad(set_to_none=set_to_none)
+        for block in self._replicated.values():
+            assert block.parameter is not None
+            block.parameter.grad = None
+
+    def step(self) -> None:
+        """Clips and applies the dense gradients, updates the data_parallel tables, moves the schedule on."""
+        if self._config.clip_norm:
+            nn.utils.clip_grad_norm_(list(self._dense.values()), self._config.clip_norm)
+        self._adam.step()
+        for name, block in self._replicated.items():
+            if block.grad_RD is not None:
+                self._row_wise_adagrad(block.weight_RD, block.grad_RD, self.replicated_moments[name])
+        self.steps += 1
+        self._schedule()
+
+    def dense_state(self) -> dict[str, torch.Tensor]:
+        """Adam's live state tensors, named PARAMETER.step, .exp_avg and .exp_avg_sq."""
+        return {f"{name}.{key}": value for name, p in self._dense.items() for key, value in self._adam.state[p].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is neither in `dense_state`, `replicated_moments` nor in the tables' fused state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = int(state["steps"])
+        self._schedule()
+
+    def _schedule(self) -> None:
+        sparse, dense = self.learning_rates
+        for group in self._fused.param_groups:
+            group["lr"] = sparse
+        self._fused.step()  # hands the rate to the kernels; their update itself is in backward
+        self._adam.param_groups[0]["lr"] = dense
+
+    @torch.no_grad()
+    def _row_wise_adagrad(self, weight_RD: torch.Tensor, grad_RD: torch.Tensor, moment_R: torch.Tensor) -> None:
+        """The fused kernel's update: a row no gradient reached is left alone, weight decay included."""
+        touched = (grad_RD != 0).any(dim=1).nonzero().squeeze(1)
+        weight, grad = weight_RD[touched], grad_RD[touched]
+        if self._config.sparse_weight_decay:
+            grad = grad + self._config.sparse_weight_decay * weight
+        moment = moment_R[touched] + grad.square().mean(dim=1)
+        rate = self.learning_rates[0] / (moment.sqrt() + self._config.sparse_eps)
+        moment_R[touched] = moment
+        weight_RD[touched] = weight - rate[:, None] * grad
+
+
+def make_optimizer(dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> Optimizer:
+    """Optimizer of a model that `shard_model` made; `total_steps` is where the schedule ends."""
+    return Optimizer(dmp, config, total_steps)

@@ -1,0 +1,24 @@
+"""Signals that end a job after the step in flight."""
+
+import signal
+from types import FrameType
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into a flag, so that the step in flight ends and is saved."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "Interrupt":
+        def receive(number: int, frame: FrameType | None) -> None:
+            if self.received:  # a second signal means it
+                raise KeyboardInterrupt
+            self.received = True
+
+        self._before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

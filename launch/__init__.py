@@ -1,1 +1,0 @@
-"""TorchX components and the configs they run."""

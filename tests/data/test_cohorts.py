@@ -1,0 +1,141 @@
+"""Cohorts against rows picked by hand."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
+from c2al.errors import CohortError
+
+TABLE = pa.table(
+    {
+        "tab": pa.array([1, 2, None, 3, 1, 2]),
+        "x": pa.array([0.1, 0.5, None, float("nan"), float("inf"), -7.0]),
+        "surface": pa.array(["feed", "reels", "feed", None, "other", "reels"]).dictionary_encode(),
+        "paid": pa.array([True, False, None, True, True, False]),
+    }
+)
+
+
+def spec(*conditions, axis="a", name="n"):
+    return CohortSpec(axis=axis, name=name, conditions=conditions)
+
+
+@pytest.mark.parametrize(
+    ("condition", "rows"),
+    [
+        (Condition(column="tab", equals=1), [0, 4]),
+        (Condition(column="tab", null=True), [2]),
+        (Condition(column="surface", equals="reels"), [1, 5]),
+        (Condition(column="surface", null=True), [3]),
+        (Condition(column="paid", equals=False), [1, 5]),
+        (Condition(column="x", lower=0.1, upper=0.5), [0]),  # 0.1 is compared as float32 on both sides
+        (Condition(column="x", lower=0.5), [1, 4]),  # the upper end is open and takes infinity in
+        (Condition(column="x", upper=0.1), [5]),
+        (Condition(column="x", null=True), [2, 3]),  # NaN is missing, too
+    ],
+)
+def test_membership_of_each_kind_of_condition(condition, rows):
+    assert np.flatnonzero(spec(condition).membership(TABLE)).tolist() == rows
+    batch = TABLE.combine_chunks().to_batches()[0]
+    assert np.flatnonzero(spec(condition).membership(batch)).tolist() == rows
+
+
+def test_conditions_of_a_cohort_all_hold():
+    both = spec(Condition(column="tab", equals=1), Condition(column="surface", equals="feed"))
+    assert both.membership(TABLE).tolist() == [True, False, False, False, False, False]
+    assert both.columns == ("tab", "surface")
+
+
+def test_codes_number_the_cohorts_and_mark_what_is_unknown():
+    axis = AxisCohorts(
+        name="tab_x",
+        columns=("x", "tab"),
+        cohorts=(
+            spec(Condition(column="x", lower=0.25), Condition(column="tab", equals=2)),
+            spec(Condition(column="x", upper=0.25), Condition(column="tab", equals=2)),
+            spec(Condition(column="x", null=True), Condition(column="tab", null=True)),
+            spec(Condition(column="x", upper=0.25), Condition(column="tab", equals=1)),
+        ),
+    )
+    # Row 3 is tab 3, never seen; row 4 is (>= 0.25, tab 1), a combination never seen.
+    assert axis.codes(TABLE).tolist() == [3, 0, 2, -1, -1, 1]
+    assert axis.codes(TABLE).dtype == np.int32
+    assert axis.codes(TABLE.slice(0, 0)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        (Condition(column="missing", equals=1), "'missing' is missing"),
+        (Condition(column="surface", equals=1), "'surface' is string"),
+        (Condition(column="tab", equals="1"), "'tab' is int64"),
+        (Condition(column="tab", equals=True), "'tab' is int64"),
+        (Condition(column="surface", lower=0.0), "needs? a number"),
+    ],
+)
+def test_a_column_that_does_not_fit_is_named(condition, words):
+    with pytest.raises(CohortError, match=words):
+        spec(condition, axis="a").membership(TABLE)
+
+
+def document(**changes):
+    cohorts = [
+        {"name": "1", "conditions": [{"column": "tab", "equals": 1}], "rows": 7},
+        {"name": "null", "conditions": [{"column": "tab", "null": True}]},
+    ]
+    axis = {"name": "tab", "columns": ["tab"], "cohorts": cohorts}
+    head, tail = ({"axis": "tab", "name": c["name"], "conditions": c["conditions"]} for c in cohorts)
+    return {"version": 1, "chosen": {"head": head, "tail": tail, "reason": "r"}, "axes": [axis], **changes}
+
+
+def written(tmp_path, tree):
+    path = tmp_path / "cohorts.json"
+    path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+    return path
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    cohorts = read_cohorts(written(tmp_path, document()))
+    head, tail = cohorts.chosen()
+    assert head == spec(Condition(column="tab", equals=1), axis="tab", name="1")
+    assert tail.membership(TABLE).tolist() == [False, False, True, False, False, False]
+    assert cohorts.axes[0].codes(TABLE).tolist() == [0, -1, 1, -1, 0, -1]
+    interval = Condition(column="x", lower=None, upper=0.5)
+    assert Condition.from_json(json.loads(json.dumps(interval.to_json())), "f") == interval
+
+
+def test_no_choice_says_why(tmp_path):
+    nothing = {"head": None, "tail": None, "reason": "all alike"}
+    with pytest.raises(CohortError, match="all alike"):
+        read_cohorts(written(tmp_path, document(chosen=nothing))).chosen()
+
+
+def with_cohorts(*conditions):
+    cohorts = [{"name": str(i), "conditions": c} for i, c in enumerate(conditions)]
+    return document(axes=[{"name": "tab", "columns": ["tab"], "cohorts": cohorts}])
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ("{", "not a readable"),
+        (document(version=2), "version is 2"),
+        ([], "version is None"),
+        ({"version": 1}, "chosen"),
+        (with_cohorts([{"column": "tab", "equals": None}]), "not a condition"),
+        (with_cohorts([{"column": "tab", "equals": 1.5}]), "not a condition"),
+        (with_cohorts([{"column": "tab", "lower": "0", "upper": 1}]), "not a condition"),
+        (with_cohorts([{"column": "tab", "equals": 1, "null": True}]), "not a condition"),
+        (with_cohorts([{"column": "x", "equals": 1}]), "not one condition on each"),
+        (with_cohorts([{"column": "tab", "equals": 1}], [{"column": "tab", "equals": 1}]), "same conditions"),
+        (with_cohorts(), "no cohorts"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_fault(tmp_path, tree, words):
+    path = written(tmp_path, tree)
+    with pytest.raises(CohortError, match=words) as caught:
+        read_cohorts(path)
+    assert str(path) in str(caught.value)

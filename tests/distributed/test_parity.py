@@ -1,0 +1,169 @@
+"""The same global batches on 1, 2 and 4 ranks under every sharding type: the losses of plain torch."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from oracle import Oracle
+
+from c2al.distributed.optim import make_optimizer
+from c2al.distributed.process import process_group
+from c2al.distributed.sharding import local_tables, plan_of, shard_model
+from c2al.training.metrics import BinaryMetrics
+from ranks import run_ranks
+
+STEPS = 20
+
+
+def everywhere(sharding: str, ranks: list[int]) -> dict:
+    return {name: {"sharding": sharding, "ranks": ranks} for name in toy.ROWS}
+
+
+def grid(ranks: list[int]) -> dict:
+    """grid_shard pools by sum only, so the mean-pooled table lies elsewhere."""
+    return everywhere("grid_shard", ranks) | {"tags": {"sharding": "column_wise", "ranks": [ranks[0], ranks[-1]]}}
+
+
+# Ranks -> (ranks a host, plans). Tables split by columns have two blocks in every world.
+PLANS = {
+    1: (
+        1,
+        {
+            "table_wise": everywhere("table_wise", [0]),
+            "column_wise": everywhere("column_wise", [0, 0]),
+            "data_parallel": everywhere("data_parallel", []),
+        },
+    ),
+    2: (
+        2,
+        {
+            "table_wise": everywhere("table_wise", [0]) | {"item": {"sharding": "table_wise", "ranks": [1]}},
+            "row_wise": everywhere("row_wise", [0, 1]),
+            "column_wise": everywhere("column_wise", [1, 0]),
+            "table_row_wise": everywhere("table_row_wise", [0, 1]),
+            "table_column_wise": everywhere("table_column_wise", [0, 1]),
+            "data_parallel": everywhere("data_parallel", []),
+        },
+    ),
+    4: (
+        2,
+        {
+            "table_wise": everywhere("table_wise", [3]) | {"item": {"sharding": "table_wise", "ranks": [1]}},
+            "row_wise": everywhere("row_wise", [0, 1, 2, 3]),
+            "column_wise": everywhere("column_wise", [3, 1]),
+            "table_row_wise": everywhere("table_row_wise", [2, 3]),
+            "table_column_wise": everywhere("table_column_wise", [0, 1]),
+            "grid_shard": grid([0, 1, 2, 3]),
+            "data_parallel": everywhere("data_parallel", []),
+            "mixed": {
+                "user": {"sharding": "row_wise", "ranks": [0, 1, 2, 3]},
+                "item": {"sharding": "data_parallel", "ranks": []},
+                "tags": {"sharding": "table_row_wise", "ranks": [0, 1]},
+            },
+        },
+    ),
+}
+SPLIT = {"column_wise", "table_column_wise", "grid_shard"}
+
+
+def train(plans: dict[str, Path]) -> dict:
+    """Losses under each plan, and this rank's initial blocks and dense parameters."""
+    out = {}
+    for name, path in plans.items():
+        config = toy.config(dist__plan=str(path))
+        with process_group(config.dist) as world:
+            dmp = shard_model(toy.Toy(), config, world)
+            blocks = [
+                (t.name.split(".")[-2], b.row, b.column, b.weight_RD.clone())
+                for t in local_tables(dmp)
+                for b in t.blocks
+            ]
+            over = {n: p.detach().clone() for n, p in dmp.module.named_parameters() if n.startswith("over")}
+            optimizer = make_optimizer(dmp, config.train.optimizer, STEPS)
+            losses = [toy.train_step(dmp, optimizer, s, world.rank, world.size) for s in range(STEPS)]
+            out[name] = (losses, blocks, over, {t: p.sharding for t, p in plan_of(dmp).items()}, ne_of(dmp, world))
+    return out
+
+
+def ne_of(dmp, world) -> float | None:
+    """NE on the batch after the last one trained on, merged over ranks as the training job does it."""
+    dense_BF, sparse, label_B = toy.batch(STEPS, world.rank, world.size)
+    metrics = BinaryMetrics(("primary",), window=1)
+    with torch.no_grad():
+        metrics.update(dmp(dense_BF, sparse)[:, None], label_B[:, None], torch.ones_like(label_B))
+    lifetime = metrics.lifetime
+    merged = dataclasses.replace(lifetime, sums_CTS=world.all_sum(lifetime.sums_CTS))
+    return merged.compute()["primary"]["all"].ne
+
+
+def assemble(per_rank: list[list]) -> dict[str, torch.Tensor]:
+    """Whole tables from the blocks of all ranks, which must cover every value."""
+    tables = {name: torch.full((rows, toy.DIM), float("nan")) for name, rows in toy.ROWS.items()}
+    for blocks in per_rank:
+        for name, row, column, weight in blocks:
+            tables[name][row : row + weight.shape[0], column : column + weight.shape[1]] = weight
+    return tables
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    """Initial tables and dense parameters of the simplest plan there is."""
+    return launch(1, tmp_path_factory.mktemp("plans"))[0]["table_wise"]
+
+
+def launch(ranks: int, folder: Path) -> list[dict]:
+    local_size, plans = PLANS[ranks]
+    paths = {}
+    for name, plan in plans.items():
+        paths[name] = folder / f"{name}.json"
+        paths[name].write_text(json.dumps({"tables": plan}))
+    return run_ranks(train, ranks, paths, local_size=local_size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_plan_trains_like_plain_torch(ranks, tmp_path, one_rank):
+    _, blocks, over, *_ = one_rank
+    tables = assemble([blocks])
+    expected, expected_ne = {}, {}
+    for split in (1, 2):
+        oracle = Oracle(tables, over, dict.fromkeys(toy.ROWS, split))
+        expected[split] = torch.tensor([oracle.step(s) for s in range(STEPS)])
+        # A step returns the log loss before its update; over the entropy of the mean label it is the NE.
+        rate = toy.batch(STEPS, 0, 1)[2].double().mean()
+        entropy = -(rate * rate.log() + (1 - rate) * (1 - rate).log())
+        expected_ne[split] = oracle.step(STEPS) / entropy.item()
+    # The column split is part of the arithmetic: were both the same, the cases below would prove less.
+    assert (expected[1] - expected[2]).abs().max() > 1e-5
+
+    results = launch(ranks, tmp_path)
+    for name in PLANS[ranks][1]:
+        initial = assemble([r[name][1] for r in results])
+        for table in toy.ROWS:
+            assert torch.equal(initial[table], tables[table]), f"{name}: initial '{table}' depends on the plan"
+        for rank, result in enumerate(results):
+            losses, _, over_here, plan, ne = result[name]
+            # 1e-5 of the loss, over an entropy of 0.67.
+            assert ne == pytest.approx(expected_ne[2 if name in SPLIT else 1], abs=2e-5), f"{name}: NE"
+            assert name == "mixed" or name in plan.values()
+            for parameter in over:
+                assert torch.equal(over_here[parameter], over[parameter]), f"{name}: {parameter} on rank {rank}"
+            # float32 sums in another order; 1e-5 is the bound users were promised.
+            torch.testing.assert_close(
+                torch.tensor(losses),
+                expected[2 if name in SPLIT else 1],
+                rtol=0,
+                atol=1e-5,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+def test_initial_tables_follow_the_seed_and_the_declared_range(one_rank):
+    tables = assemble([one_rank[1]])
+    for name, rows in toy.ROWS.items():
+        bound = rows**-0.5
+        assert tables[name].abs().max() <= bound
+        assert tables[name].std() == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert not torch.equal(tables["user"][:30], tables["item"][:30])

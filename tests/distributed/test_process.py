@@ -1,0 +1,167 @@
+"""Rendezvous, and how ranks fail together."""
+
+import datetime
+import os
+import socket
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from c2al.config import DistConfig
+from c2al.distributed.process import process_group
+from c2al.errors import BackendError, CheckpointError, ConfigError, TrainingError
+from ranks import run_ranks
+
+CPU = DistConfig(device="cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_launched(rank: int, size: int, port: int) -> None:
+    """Leaves the test helper's group and looks like a worker of torchrun."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.pop("LOCAL_WORLD_SIZE", None)
+
+
+def test_a_process_nobody_launched_is_a_world_of_one():
+    with process_group(CPU) as world:
+        assert (world.rank, world.size, world.local_size, world.device.type) == (0, 1, 1, "cpu")
+        assert world.broadcast({"a": 1}) == {"a": 1}
+        assert world.all_sum(torch.tensor([2.0])).tolist() == [2.0]
+        world.barrier()
+        world.agree(None)
+    assert not dist.is_initialized()
+
+
+def launched(port: int) -> tuple[int, int, float, str, bool]:
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    with process_group(CPU) as world:
+        total = world.all_sum(torch.tensor([float(rank + 1)])).item()
+        answer = (world.rank, world.size, total, world.broadcast(f"from {rank}", source=1))
+    return (*answer, dist.is_initialized())
+
+
+def test_ranks_of_a_launcher_meet_and_leave():
+    port = free_port()
+    assert run_ranks(launched, 2, port) == [(0, 2, 3.0, "from 1", False), (1, 2, 3.0, "from 1", False)]
+
+
+def disagree(kind: type[Exception], bad_rank: int) -> tuple[str, str]:
+    with process_group(CPU) as world:
+        try:
+            world.agree(kind("disk is full") if world.rank == bad_rank else None)
+        except Exception as e:
+            world.barrier()  # the group is still usable: nobody was left behind
+            return type(e).__name__, str(e)
+    return "nothing", ""
+
+
+def test_an_error_of_one_rank_is_an_error_of_all():
+    assert run_ranks(disagree, 2, CheckpointError, 1) == [
+        ("CheckpointError", "rank 1: disk is full"),
+        ("CheckpointError", "disk is full"),
+    ]
+    # An error that is not ours keeps its name in the message.
+    assert run_ranks(disagree, 2, KeyError, 0)[1] == ("TrainingError", "rank 0: KeyError: 'disk is full'")
+
+
+def alone(port: int) -> tuple[str, float]:
+    as_launched(0, 2, port)
+    start = time.monotonic()
+    with pytest.raises(TrainingError) as e, process_group(DistConfig(device="cpu", timeout_seconds=2)):
+        pass
+    return str(e.value), time.monotonic() - start
+
+
+def test_a_rank_that_never_arrives_is_an_error_after_the_timeout():
+    message, seconds = run_ranks(alone, 1, free_port())[0]
+    assert "rank 0 of 2: not all ranks met at 127.0.0.1:" in message
+    assert "within 2 s (dist.timeout_seconds)" in message
+    assert seconds < 20
+
+
+def occupied(port: int) -> str:
+    as_launched(0, 2, port)
+    with pytest.raises(TrainingError) as e, process_group(DistConfig(device="cpu", timeout_seconds=5)):
+        pass
+    return str(e.value)
+
+
+def test_port_in_use_is_named():
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        message = run_ranks(occupied, 1, port)[0]
+    assert f"port in use: another process listens on 127.0.0.1:{port}" in message
+
+
+def left_behind(port: int, how: str) -> str:
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    with process_group(DistConfig(device="cpu", timeout_seconds=5)) as world:
+        world.barrier()
+        if rank == 1 and how == "gone":
+            os._exit(9)
+        if rank == 1 and how == "silent":
+            time.sleep(8)
+            return "was asleep"
+        world.all_sum(torch.ones(1))
+    return "nothing happened"
+
+
+@pytest.mark.parametrize("how", ["gone", "silent"])
+def test_a_rank_that_is_gone_or_silent_is_an_error_for_the_others(how):
+    with pytest.raises(AssertionError) as e:
+        run_ranks(left_behind, 2, free_port(), how)
+    assert "TrainingError: rank 0: a collective failed, another rank is gone or was silent for 5 s" in str(e.value)
+
+
+def test_restarts_that_share_a_store_are_refused(monkeypatch):
+    """torchrun's default, on which a restarted rank sometimes meets a dead one."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(TrainingError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(CPU):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused():
+    with pytest.raises(BackendError, match="no CUDA device"), process_group(DistConfig(device="cuda")):
+        pass
+
+
+def test_ranks_must_fill_the_hosts():
+    config = DistConfig(device="cpu", local_world_size=2)
+    with (
+        pytest.raises(ConfigError, match=r"dist\.local_world_size: 1 ranks are not a multiple of 2"),
+        process_group(config),
+    ):
+        pass
+
+
+def test_random_draws_follow_seed_step_and_rank():
+    with process_group(CPU) as world:
+
+        def draw(seed: int, step: int) -> float:
+            world.seed_step(seed, step)
+            return torch.rand(1).item()
+
+        draws = [draw(0, 0), draw(0, 1), draw(1, 0)]
+        assert len(set(draws)) == 3
+        assert [draw(0, 0), draw(0, 1), draw(1, 0)] == draws
+
+
+def test_timeout_is_the_configs():
+    with process_group(DistConfig(device="cpu", timeout_seconds=7)) as world:
+        assert world.timeout == datetime.timedelta(seconds=7)
