@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from c2al.errors import C2ALError
+from c2al.text import redacted
 
 JOBS = {
     "train": "train a model on Parquet impressions",
@@ -45,8 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         module.run(known, overrides)
     except C2ALError as error:
-        print(f"c2al {known.job}: {error}", file=sys.stderr)
+        print(f"c2al {known.job}: {redacted(str(error))}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full or read-only disk, wherever the job met it
+        path = f"{error.filename}: " if error.filename else ""
+        print(f"c2al {known.job}: {redacted(f'{path}{error.strerror or error}')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"c2al {known.job}: interrupted", file=sys.stderr)
         return 130

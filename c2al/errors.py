@@ -45,6 +45,18 @@ class PlanError(C2ALError):
     exit_code = 2
 
 
+class OutputError(C2ALError):
+    """An output that cannot be made: a full or read-only disk, a file in the way, another writer."""
+
+    exit_code = 2
+
+
+class StateError(C2ALError):
+    """A state file (JSON that another job wrote) that is missing, damaged, foreign or of another version."""
+
+    exit_code = 2
+
+
 class OperandError(C2ALError, ValueError):
     """Tensors whose shape, dtype or device an op does not take, or an option it does not know."""
 

@@ -1,47 +1,124 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there, and the lock of a folder that is being written."""
 
 import contextlib
+import dataclasses
+import datetime
+import fcntl
+import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from c2al.errors import DataError
+from c2al.errors import OutputError
+
+LOCK = ".lock"
+"""Name of the lock file in a folder that a job writes."""
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) so that a reader sees the old file or the whole new one, never a part."""
+    """Writes `content` (text as UTF-8) so that a reader sees the old file or the whole new one, never a part.
+
+    Raises OutputError naming the path when it cannot be written.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(content.encode("utf-8") if isinstance(content, str) else content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def output_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError of the block (disk full, read-only, a file in the way) into OutputError naming the path."""
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as e:
+        raise OutputError(f"{e.filename or path}: cannot be written: {e.strerror or e}") from e
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write into that becomes `path` only if the block ends well; else nothing is left.
 
-    Raises DataError if `path` is there already: mixing two data sets in one folder is never meant.
+    Raises OutputError if `path` is there already (two results in one folder are never meant) or
+    cannot be made.
     """
     target = Path(path)
-    if target.exists():
-        raise DataError(f"{target}: exists already; remove it or name another output")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    with output_errors(target):
+        if target.exists() or target.is_symlink():
+            raise OutputError(f"{target}: exists already; remove it or name another output")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """Who writes a folder."""
+
+    host: str
+    pid: int
+    since: str
+    """UTC, ISO 8601."""
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Makes this process the only writer of `folder`, which is created if need be, until the block ends.
+
+    The operating system holds the lock and frees it when the process dies, however it dies, so a lock
+    file that a dead process left behind is taken over. Readers need no lock.
+
+    Raises OutputError naming host, pid and start time of the other writer, or the folder that
+    cannot be made.
+    """
+    path = Path(folder)
+    with output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{path}: is being written by {_writer(path / LOCK)}; wait for it or name another output"
+            ) from None
+        except OSError as e:
+            raise OutputError(
+                f"{path}: its file system has no locks ({e.strerror}); name an output on another one"
+            ) from e
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        text = json.dumps(dataclasses.asdict(Writer(socket.gethostname(), os.getpid(), now)))
+        with output_errors(path / LOCK):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, text.encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _writer(lock: Path) -> str:
+    """The writer in words. Its record may be half written or foreign; then it is just another process."""
+    try:
+        w = Writer(**json.loads(lock.read_text(encoding="utf-8")))
+        return f"process {w.pid} on {w.host} since {w.since}"
+    except (OSError, ValueError, TypeError):
+        return "another process"

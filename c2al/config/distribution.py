@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from c2al.config.problems import Problems
+from c2al.typed import Problems
 
 Sharding = Literal[
     "table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"

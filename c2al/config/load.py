@@ -6,18 +6,16 @@ equal.
 """
 
 import dataclasses
-import math
 import os
 import tomllib
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from c2al.config.problems import hint
 from c2al.config.schema import Config
 from c2al.errors import ConfigError
 from c2al.files import write_atomically
+from c2al.typed import build
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -43,7 +41,7 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: st
     problems: list[str] = []
     for path, value in _parse_overrides(overrides, problems):
         _apply(tree, path, value, problems)
-    config = _build(Config, tree, "", problems)
+    config = build(Config, tree, "", problems)
     if problems:
         raise ConfigError([f"{source}: {p}" for p in problems])
     return typing.cast(Config, config)
@@ -102,65 +100,6 @@ def _apply(tree: dict[str, Any], path: str, value: Any, problems: list[str]) -> 
             return
         node = child
     node[last] = value
-
-
-def _build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """Turns a TOML value into `kind`; on a problem appends a line and returns None."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_section(typing.cast(type, kind), value, path, problems)
-    if origin is types.UnionType:
-        return _build(next(a for a in args if a is not type(None)), value, path, problems)
-    if origin is Literal:
-        if value in args and type(value) in {type(a) for a in args}:
-            return value
-        problems.append(f"{path}: {value!r} is none of {', '.join(repr(a) for a in args)}{hint(str(value), args)}")
-        return None
-    if origin is tuple:
-        if not isinstance(value, list):
-            problems.append(f"{path}: expected a list, got {_typename(value)} {value!r}")
-            return None
-        if args[-1] is not Ellipsis and len(value) != len(args):
-            problems.append(f"{path}: expected {len(args)} values, got {value!r}")
-            return None
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_build(k, v, f"{path}[{i}]", problems) for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        problems.append(f"{path}: expected {kind.__name__}, got {_typename(value)} {value!r}")
-        return None
-    if kind is float and not math.isfinite(value):
-        problems.append(f"{path}: must be finite, is {value}")
-        return None
-    return value
-
-
-def _build_section(kind: type, value: Any, path: str, problems: list[str]) -> Any:
-    if not isinstance(value, Mapping):
-        problems.append(f"{path}: expected a section, got {_typename(value)} {value!r}")
-        return None
-    prefix = f"{path}." if path else ""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    before = len(problems)
-    for key in value:
-        if key not in fields:
-            problems.append(f"{prefix}{key}: unknown key{hint(key, fields)}")
-    built = {k: _build(hints[k], value[k], f"{prefix}{k}", problems) for k in fields if k in value}
-    for name, field in fields.items():
-        if name not in value and field.default is dataclasses.MISSING:
-            problems.append(f"{prefix}{name}: missing")
-    if len(problems) > before:
-        return None
-    section = kind(**built)
-    if hasattr(section, "problems"):
-        problems.extend(f"{prefix}{field}: {message}" for field, message in section.problems())
-    return section
-
-
-def _typename(value: Any) -> str:
-    return {"dict": "section", "str": "string"}.get(type(value).__name__, type(value).__name__)
 
 
 def _dump(section: Any, path: str, lines: list[str]) -> None:

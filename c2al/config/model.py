@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from c2al.config.problems import Problems
+from c2al.typed import Problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ from c2al.config.data import Axis, DataConfig
 from c2al.config.distribution import DistConfig
 from c2al.config.judge import DiscoverConfig, EvaluateConfig, ExperimentConfig
 from c2al.config.model import ModelConfig
-from c2al.config.problems import Problems, hint
 from c2al.config.train import TrainConfig
+from c2al.typed import Problems, hint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

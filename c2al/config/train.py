@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from c2al.config.problems import Problems
+from c2al.typed import Problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
