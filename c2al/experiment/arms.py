@@ -12,8 +12,8 @@ from c2al.errors import CohortError
 from c2al.experiment.bench import Bench
 from c2al.experiment.choose import cohorts_of
 from c2al.experiment.plan import Trial, arm_trials
-from c2al.report.record import ArmRecord
 from c2al.report.densities import draw_densities
+from c2al.report.record import ArmRecord
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def finish_arm(
     return ArmRecord(
         name=name,
         source=source,
-        cohorts=tuple(f"{c.role}: {c.axis} = {c.name}" for c in cohorts),
+        cohorts=tuple(f"{c.label}: {c.axis} = {c.name}" for c in cohorts),
         trials=tuple(r for r in records if r is not None),
         selected=selected,
         scores=tuple(str(folder.relative_to(bench.output)) for folder in folders if folder),

@@ -4,6 +4,7 @@ All sources but "file" start from what discovery counted on the baseline's predi
 answers one question: does it matter that these cohorts are the ones that the baseline sees most differently?
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def cohorts_of(arm: Arm, config: Config, discovery: Path) -> Pair:
     except CohortError as e:
         raise NoCohorts(str(e)) from e
     if arm.cohorts == "one":
-        return tuple(c for c in pair if c.role == arm.keep)
+        return tuple(c for c in pair if c.label == arm.keep)
     return pair if arm.cohorts == "chosen" else placebo(pair, config, arm.draw)
 
 
@@ -73,8 +74,8 @@ def eligible_pairs(config: Config, discovery: Path) -> list[tuple[Pair, float]]:
         pairs = compare_axis(axis.name, counts, config.discover)
         for i in np.flatnonzero(pairs.eligible_P & np.isfinite(pairs.rule.value_P)):
             specs = tuple(
-                cohort_spec(axis, total.axes, total.cuts, counts.keys[int(number)]).named(role)
-                for role, number in (("head", pairs.head_P[i]), ("tail", pairs.tail_P[i]))
+                dataclasses.replace(cohort_spec(axis, total.axes, total.cuts, counts.keys[int(number)]), label=label)
+                for label, number in (("head", pairs.head_P[i]), ("tail", pairs.tail_P[i]))
             )
             found.append((specs, float(pairs.rule.value_P[i])))
     return found
@@ -96,7 +97,7 @@ def placebo(pair: Sequence[CohortSpec], config: Config, draw: int) -> Pair:
             column=config.data.user_id, draw=draw, lower=start / HASH_BUCKETS, upper=stop / HASH_BUCKETS
         )
         placebos.append(
-            CohortSpec(axis="placebo", name=f"as many as {cohort.name}", conditions=(condition,), role=cohort.role)
+            CohortSpec(axis="placebo", name=f"as many as {cohort.name}", conditions=(condition,), label=cohort.label)
         )
         start = stop
     return tuple(placebos)

@@ -17,8 +17,8 @@ from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_disc
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
 from c2al.experiment.plan import arm_trials, arms_of
-from c2al.report.record import Record
 from c2al.report.html import write_report
+from c2al.report.record import Record
 
 EVERYTHING = Share()
 
@@ -66,6 +66,27 @@ def _judge(record: Record, config: Config, output: Path) -> Path | None:
         record.write(output)
         evaluate_record(record, config, output)
         return write_report(output)
+
+
+def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
+    """Every arm that came to something against the baseline, and every arm with chosen cohorts against its placebo."""
+    done = [record.baseline, *(a for a in record.arms if a.selected is not None)]
+    arms = [
+        EvaluatedArm(name=a.name, seeds=record.seeds, folders=tuple(str(output / s) for s in a.scores)) for a in done
+    ]
+    placebos = [a.name for a in done if a.source == "shuffled"]
+    treated = [a.name for a in done if a.source in ("chosen", "one", "random", "least", "file")]
+    cohorts = output / record.discovery / "cohorts.json" if record.discovery else None
+    return evaluate(
+        arms,
+        cohorts,
+        config.axes,
+        config.evaluate,
+        config.seed,
+        output / "evaluation",
+        config.data,
+        comparisons=[(arm, placebo) for arm in treated for placebo in placebos],
+    )
 
 
 def check(config: Config, share: Share) -> None:
