@@ -13,6 +13,9 @@ from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.distributed.process import World
 from c2al.errors import ConfigError
+from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.result import Arm as EvaluatedArm
+from c2al.evaluation.result import Evaluation
 from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_discovery, train_arm
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
