@@ -80,9 +80,8 @@ def _redacted(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _redacted(v) for k, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(
-            value, **{f.name: _redacted(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        )
+        fields = {f.name: _redacted(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
     return value
 
 
