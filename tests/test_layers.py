@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "c2al": 0,
+    "c2al": 1,
+    "c2al._caches": 0,
     "c2al.errors": 0,
     "c2al.text": 0,
     "c2al.typed": 0,
