@@ -51,11 +51,11 @@ def inputs(tmp_path_factory) -> dict[str, list[str]]:
 
 @pytest.fixture(params=["is a file", "in a file", "in a file of the system"])
 def output(request, tmp_path) -> Path:
-    (tmp_path / "file").write_text("precious", encoding="utf-8")
+    (tmp_path / "it's a file").write_text("precious", encoding="utf-8")
     return {
-        "is a file": tmp_path / "file",
-        "in a file": tmp_path / "file" / "output",
-        "in a file of the system": Path("/proc/c2al-output"),
+        "is a file": tmp_path / "it's a file",
+        "in a file": tmp_path / "it's a file" / "output",
+        "in a file of the system": Path("/proc/it's c2al"),
     }[request.param]
 
 
@@ -63,8 +63,8 @@ def output(request, tmp_path) -> Path:
 def test_an_output_that_cannot_be_made_is_refused_by_name(job, inputs, output, tmp_path, capsys):
     assert main([*inputs[job], "--output", str(output)]) == 2
     assert str(output) in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["it's a file"]
+    assert (tmp_path / "it's a file").read_text(encoding="utf-8") == "precious"
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -76,7 +76,7 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left_half_written(job, input
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_DISABLE_JIT": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)),
     )
