@@ -12,19 +12,25 @@ class OptimizerConfig:
     """Fused row-wise Adagrad for the tables, Adam or AdamW for the rest, one schedule for both."""
 
     sparse_lr: float = 0.05
+    """Learning rate of the embedding tables, before the schedule."""
     sparse_eps: float = 1e-8
+    """Added to the root of the sum of squared gradients in row-wise Adagrad, against division by 0."""
     sparse_weight_decay: float = 0.0
     """L2 penalty inside the fused row-wise Adagrad update."""
     dense: Literal["adam", "adamw"] = "adamw"
+    """Optimizer of everything but the tables. adam adds weight_decay to the gradient, adamw to the step."""
     dense_lr: float = 1e-3
+    """Learning rate of the dense optimizer, before the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the dense optimizer's first and second moments, each in [0, 1)."""
     weight_decay: float = 0.0
-    """Of the dense optimizer."""
+    """Weight decay of the dense optimizer."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up, to final_lr_fraction at the last step."""
+    """How the learning rates fall after warm-up, to final_lr_fraction at the last step; constant: not at all."""
     final_lr_fraction: float = 0.0
+    """Share of the learning rates that is left at the last step, in [0, 1]."""
     clip_norm: float = 0.0
     """Bound on the global L2 norm of the dense gradients; 0: none. The tables are updated inside
     backward, before a global norm exists, and are not part of it."""
@@ -49,6 +55,7 @@ class CheckpointConfig:
     every_steps: int = 0
     """Steps between checkpoints; 0: only at the end of training."""
     keep_last: int = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
     keep_best: int = 1
     """Checkpoints of lowest validation NE kept besides the last ones."""
     asynchronous: bool = True
@@ -71,11 +78,13 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose dense gradients are summed before one optimizer step."""
     epochs: int = 1
+    """Passes over the training split."""
     max_steps: int = 0
     """Steps after which training ends before its epochs are over; 0: no bound."""
     lambda_head: float = 0.0
-    """Weight of the head cohort's auxiliary loss; 0 with lambda_tail = 0: no auxiliary heads."""
+    """Weight of the head cohort's auxiliary loss (Eq. 4); 0 with lambda_tail = 0: no auxiliary heads."""
     lambda_tail: float = 0.0
+    """Weight of the tail cohort's auxiliary loss (Eq. 4)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the dense part; parameters and losses stay float32."""
     log_every: int = 50
@@ -87,7 +96,9 @@ class TrainConfig:
     profile_steps: int = 0
     """Steps recorded by torch.profiler after the tenth; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Learning rates and their schedule."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
 
     @property
     def auxiliary(self) -> bool:

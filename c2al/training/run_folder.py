@@ -65,7 +65,7 @@ def open_run(path: Path) -> Run:
     return Run(
         path=path,
         config=config,
-        statistics=Statistics.from_json((path / "statistics.json").read_text()),
+        statistics=Statistics.from_json((path / "statistics.json").read_text(encoding="utf-8")),
         cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else None,
     )
 
@@ -84,10 +84,14 @@ def _start(path: Path, config: Config, cohorts: Path | None) -> Run:
     elif cohorts is not None:
         _refuse_empty_cohorts(cohorts, config)
     statistics = path / "statistics.json"
-    text = statistics.read_text() if statistics.exists() else fit_statistics(config.data.train, config.data).to_json()
+    text = (
+        statistics.read_text(encoding="utf-8")
+        if statistics.exists()
+        else fit_statistics(config.data.train, config.data).to_json()
+    )
     write_atomically(statistics, text)
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
-        write_atomically(path / "cohorts.json", cohorts.read_text())
+        write_atomically(path / "cohorts.json", cohorts.read_text(encoding="utf-8"))
     save_config(config, path / "config.toml")
     return open_run(path)
 
@@ -155,7 +159,7 @@ class MetricsLog:
         self._file = path / "metrics.jsonl"
         kept = []
         if self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
+            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
             # A killed run can leave half a last line.
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         write_atomically(self._file, "".join(kept))
@@ -165,7 +169,7 @@ class MetricsLog:
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Appends a record; numbers also go to TensorBoard as kind/name."""
-        with self._file.open("a") as f:
+        with self._file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in _flat(values):
             if isinstance(value, int | float):

@@ -21,8 +21,8 @@ from c2al.data.parquet import BatchReader
 from c2al.distributed.checkpoint import Checkpointer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import shard_model
-from c2al.errors import CheckpointError, ConfigError
-from c2al.files import write_atomically
+from c2al.errors import CheckpointError, ConfigError, OutputError
+from c2al.files import output_errors, write_atomically
 from c2al.training.model import TrainTask, primary_prediction
 from c2al.training.run_folder import Run, open_run
 
@@ -50,14 +50,17 @@ def score(
         if output.exists():
             raise ConfigError(f"{output}: exists; give another --output")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with output_errors(output):
+            partial.mkdir(parents=True)
 
     world.once(start)
     try:
         rows = _score(run, data, partial, world, checkpoint, batch_size, run.config.axes if axes is None else axes)
-    except BaseException:
+    except BaseException as e:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(e, OSError) and e.filename is None:  # pyarrow's writer names no file
+            raise OutputError(f"{output}: cannot be written: {e.strerror or e}") from e
         raise
 
     def finish() -> None:
