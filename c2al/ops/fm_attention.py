@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import logging
 import math
-import types
 from typing import Literal
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import _avx512, eager
+from c2al.ops import eager
 from c2al.ops.triton.configurations import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
@@ -50,8 +49,7 @@ def fm_attention(
             and shift: (G - mean) / sqrt(var + norm_eps), var the biased variance. With K = 1 that is 0.
         backend: "eager" runs batched matrix products; "triton" the fused CUDA kernels, whose float32
             products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes the fastest that the
-            device and the operands allow and logs its choice once: on a GPU Triton, on a CPU with
-            avx512_bf16 a kernel for bfloat16 (Y per sample, M >= 8, D and K multiples of 8), else eager.
+            device and the operands allow and logs its choice once: on a GPU Triton, else eager.
 
     Returns:
         (B, p, K), contiguous, in x's dtype (autocast's, under autocast).
@@ -104,15 +102,6 @@ def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
     return "eager" if obstacle else "triton"
 
 
-def _implementation(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
-    """The module whose `products` and `gradients` run these operands."""
-    if backend == "eager" or x_BMD.device.type != "cpu" or not _avx512.covers(x_BMD, y):
-        return eager
-    obstacle = _avx512.obstacle()
-    _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
-    return eager if obstacle else _avx512
-
-
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
     """Why the Triton kernels cannot take these operands; empty if they can."""
     if x_BMD.device.type != "cuda":
@@ -147,7 +136,7 @@ def _forward_op(
 
         out_BPK, rstd_BP = launch.forward(x_BMD, y, paper, norm_eps)
         return out_BPK, out_BPK.new_empty(0), rstd_BP
-    g_BPK, t_BQK = _implementation(x_BMD, y, backend).products(x_BMD, y, paper)
+    g_BPK, t_BQK = eager.products(x_BMD, y, paper)
     out_BPK, rstd_BP = eager.norm(g_BPK, norm_eps)
     return out_BPK, t_BQK, rstd_BP
 
@@ -182,7 +171,7 @@ def _backward_op(
         return launch.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
     if out_BPK is not None:
         grad_BPK = eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    dx_BMD, dy = _implementation(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
+    dx_BMD, dy = eager.gradients(grad_BPK, x_BMD, y, t_BQK, paper)
     return dx_BMD, dy
 
 
