@@ -44,12 +44,12 @@ part() {
 
 tests="$python -m pytest -p no:cacheprovider -o addopts= -q --strict-markers --tb=short -rfE"
 if [ -n "$dry" ]; then
-    part tests 120 env TRITON_INTERPRET=1 $tests tests/ops/triton_interpreter_cases.py -k "strided or flops"
-    part fm_attention 60 "$python" benchmarks/fm_attention.py --device cpu --rounds 1 --norm --shapes 4,8,2 \
+    part tests 200 env TRITON_INTERPRET=1 $tests tests/ops/triton_interpreter_cases.py -k "strided or flops"
+    part fm_attention 200 "$python" benchmarks/fm_attention.py --device cpu --rounds 1 --norm --shapes 4,8,2 \
         --batch 8 --without compiled --output "$out"
-    part gpu_step 60 "$python" benchmarks/gpu_step.py --device cpu --shapes tiny --rounds 2 --steps 1 --modes eager \
+    part gpu_step 200 "$python" benchmarks/gpu_step.py --device cpu --shapes tiny --rounds 2 --steps 1 --modes eager \
         --output "$out"
-    part tuning 60 env TRITON_INTERPRET=1 "$python" benchmarks/fm_tune.py --dry-run --output "$out"
+    part tuning 200 env TRITON_INTERPRET=1 "$python" benchmarks/fm_tune.py --dry-run --output "$out"
 else
     part tests 130 $tests -m gpu tests/ops tests/nn
     part fm_attention 90 "$python" benchmarks/fm_attention.py --device cuda --rounds 7 --seconds 70 --output "$out"

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Refuse())
 def check(*arguments, **environment):
     command = [str(ROOT / "scripts" / "gpu_check.sh"), *map(str, arguments)]
     given = os.environ | {"PYTHON": sys.executable} | environment
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=900)
 
 
 def test_a_dry_run_fills_every_table_where_torch_and_triton_are_alone(tmp_path):
