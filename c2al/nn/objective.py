@@ -1,11 +1,10 @@
 """The training objective (C2AL, Eq. 4).
 
-Legend: B batch, T tasks: primary, head cohort, tail cohort.
+Legend: B batch, T tasks: the primary prediction head, then the auxiliary ones of head and tail cohort.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,9 +32,10 @@ def objective(
 ) -> Loss:
     """L = BCE(primary, y) + lambda_head BCE(head, y 1[x in head]) + lambda_tail BCE(tail, y 1[x in tail]).
 
-    Every task sees every row; a row outside a cohort is a negative of its task. Each BCE is
-    sum(weight * bce) / rows, not the mean of the batch: with `rows` the real rows of the global
-    batch over the world size, averaging gradients over ranks is exact for padded and uneven batches.
+    Every task sees every row. A row outside a cohort is a negative of that cohort's task. Each BCE is
+    sum(weight * bce) / rows, not the mean of the batch. With `rows` = real rows of the global batch /
+    world size, the average of the ranks' gradients is exact for padded and uneven batches.
+    Never waits for the device.
 
     Args:
         logit_BT: T = 3 (primary, head, tail), or 1 (primary only: the lambdas do not enter).
@@ -56,5 +56,9 @@ def objective(
         logit_BT.float(), label_B[:, None] * member_BT, weight_B[:, None], reduction="none"
     )
     task_T = bce_BT.sum(0) / rows
-    lambda_T = torch.tensor([1.0, lambda_head, lambda_tail], device=task_T.device)[:tasks]
-    return Loss(total=task_T @ lambda_T, task_T=task_T.detach())
+    # Scalars of the host enter kernels as arguments. A tensor made of them here would be copied to the
+    # device at every step, and the copy would wait for the device.
+    total = task_T[0]
+    if tasks == 3:
+        total = total + lambda_head * task_T[1] + lambda_tail * task_T[2]
+    return Loss(total=total, task_T=task_T.detach())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from c2al.errors import OperandError
 from c2al.nn.objective import objective
@@ -83,3 +84,25 @@ def test_bfloat16_logits_are_summed_in_float32():
 def test_shapes_that_do_not_fit_are_named(logit, label, weight, member):
     with pytest.raises(OperandError, match=r"needs \(B, 1 or 3\)"):
         objective(*map(torch.zeros, (logit, label, weight, member)), lambda_head=0.0, lambda_tail=0.0, rows=3.0)
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_tensor_is_made_from_host_values():
+    """On a GPU such a tensor is a copy to the device, which every step would wait for."""
+    tensors_of_objective = tensors()
+    with Dispatched() as dispatched:
+        objective(*tensors_of_objective, lambda_head=0.5, lambda_tail=0.25, rows=4.0)
+    made = {"aten::lift_fresh", "aten::_to_copy", "aten::scalar_tensor", "aten::_local_scalar_dense"}
+    assert dispatched.names
+    assert not made & set(dispatched.names)
