@@ -39,7 +39,7 @@ from c2al.config import CheckpointConfig
 from c2al.distributed.blocks import BlockLoader, BlockSaver, Piece
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.process import World
-from c2al.distributed.sharding import Table, local_tables
+from c2al.distributed.tables import Table, local_tables
 from c2al.errors import CheckpointError
 from c2al.files import write_atomically
 
