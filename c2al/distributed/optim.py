@@ -17,7 +17,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from c2al.config import OptimizerConfig
-from c2al.distributed.sharding import local_tables
+from c2al.distributed.tables import local_tables
 
 
 def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int) -> float:

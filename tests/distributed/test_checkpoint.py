@@ -17,7 +17,8 @@ from c2al.config import CheckpointConfig
 from c2al.distributed.checkpoint import MARKER, Checkpointer, load_unsharded
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables
 from c2al.errors import CheckpointError
 from ranks import run_ranks
 

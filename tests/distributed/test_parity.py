@@ -11,7 +11,8 @@ from oracle import Oracle
 
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, plan_of, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables, plan_of
 from c2al.training.metrics import BinaryMetrics
 from ranks import run_ranks
 

@@ -14,8 +14,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.distributed.optim import make_optimizer
+from c2al.distributed.placement import Placement
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import Placement, local_tables, plan_of, plan_table, save_plan, shard_model
+from c2al.distributed.sharding import plan_table, save_plan, shard_model
+from c2al.distributed.tables import local_tables, plan_of
 from c2al.errors import PlanError
 from ranks import run_ranks
 

@@ -1,28 +1,11 @@
-"""Checkpoints that load on another number of ranks and under another sharding plan.
+"""Writes, finds and loads the checkpoints of one run."""
 
-A checkpoint holds tensors in a form no plan appears in: every table as rows x columns, its row-wise
-Adagrad moments as one vector of rows for each range of columns that had its own, and the dense part
-with Adam's state. A rank writes the blocks it owns (torch.distributed.checkpoint) and reads those it
-wants. The rule for moments: a block's moment is the mean of the saved ones over the block's columns,
-each weighted by the columns it shares with the block. It follows from what a moment is (the mean of
-g^2 over columns), is exact whenever the column ranges are the same, and exact from a split table to
-a whole one; from a whole one to a split one it is the best estimate there is.
-
-    DIRECTORY/step-00000200/   .metadata, __RANK_N.distcp (DCP), complete.json
-
-complete.json is written last and carries step, NE, the caller's `extra`, the model's signature, and
-size and SHA-256 of every other file. The folder gets its name only then, so a name means a whole
-checkpoint, at whatever instant the writer was killed.
-"""
-
-import hashlib
 import json
 import os
 import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,65 +19,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from c2al.config import CheckpointConfig
-from c2al.distributed.blocks import BlockLoader, BlockSaver, Piece
+from c2al.distributed.checkpoint.blocks import BlockLoader, BlockSaver, Piece
+from c2al.distributed.checkpoint.manifest import Manifest, digest_of
+from c2al.distributed.checkpoint.state import compare, model_key, saved_state, signature_of, wanted_state
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.process import World
-from c2al.distributed.sharding import Table, local_tables
 from c2al.errors import CheckpointError
-from c2al.files import write_atomically
 
-MARKER = "complete.json"
-FORMAT = 1
 _HIDDEN = ".unfinished-"
 """Prefix of folders being written or deleted; never loaded, removed at the next start."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Content of complete.json."""
-
-    step: int
-    ne: float | None
-    extra: dict[str, Any]
-    optimizer: dict[str, Any]
-    model: dict[str, list[int]]
-    """Shape of every parameter and buffer."""
-    files: dict[str, tuple[int, str]]
-    """Name -> (bytes, SHA-256)."""
-
-    def write(self, folder: Path) -> None:
-        write_atomically(folder / MARKER, json.dumps({"format": FORMAT} | self.__dict__, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Raises CheckpointError when `folder` is no finished checkpoint of this format."""
-        path = folder / MARKER
-        try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
-            if tree.pop("format") != FORMAT:
-                raise CheckpointError(f"{path}: written in another format than {FORMAT}")
-            tree["files"] = {name: (int(size), str(digest)) for name, (size, digest) in tree["files"].items()}
-            return cls(**tree)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder}: no finished checkpoint, {MARKER} is missing") from None
-        except OSError as e:
-            raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{path}: damaged: {e!r}") from e
-
-    def verify(self, folder: Path, rank: int = 0, size: int = 1) -> None:
-        """Compares this rank's share of the files with their checksums; raises CheckpointError naming one."""
-        for name, (length, digest) in sorted(self.files.items())[rank::size]:
-            path = folder / name
-            try:
-                if path.stat().st_size != length:
-                    raise CheckpointError(f"{path}: damaged: {path.stat().st_size} bytes instead of {length}")
-                if _digest(path) != digest:
-                    raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one {MARKER} names")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path}: shard file is missing") from None
-            except OSError as e:
-                raise CheckpointError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 class Checkpointer:
@@ -145,13 +78,13 @@ class Checkpointer:
             json.dumps(extra)
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"{self._directory}: extra is not JSON: {e}") from e
-        state = _saved_state(dmp, optimizer, self._world)
+        state = saved_state(dmp, optimizer, self._world)
         if self._config.asynchronous:
             state = {
                 k: [Piece(p.tensor.detach().to("cpu", copy=True), p.offset, p.size) for p in v]
                 for k, v in state.items()
             }
-        manifest = Manifest(step, ne, extra, optimizer.state_dict(), _signature(dmp), {})
+        manifest = Manifest(step, ne, extra, optimizer.state_dict(), signature_of(dmp), {})
         write = _Background(lambda: self._save(state, manifest))
         if self._config.asynchronous:
             self._write = write
@@ -183,14 +116,14 @@ class Checkpointer:
 
         def check() -> Manifest:
             manifest = Manifest.read(path)
-            _compare(path, manifest.model, _signature(dmp))
+            compare(path, manifest.model, signature_of(dmp))
             manifest.verify(path, world.rank, world.size)
             return manifest
 
         manifest = world.together(check)
         reader = FileSystemReader(path)
         saved = reader.read_metadata().state_dict_metadata
-        state, finish = _wanted_state(dmp, optimizer, saved)
+        state, finish = wanted_state(dmp, optimizer, saved)
         _run_dcp(
             path,
             "loaded",
@@ -251,7 +184,7 @@ class Checkpointer:
         def digests() -> dict[str, tuple[int, str]]:
             files = (path for path in sorted(folder.iterdir()) if path.name.startswith(prefixes))
             try:
-                return {path.name: (path.stat().st_size, _digest(path)) for path in files}
+                return {path.name: (path.stat().st_size, digest_of(path)) for path in files}
             except OSError as e:
                 raise CheckpointError(f"{e.filename}: cannot be read back: {e.strerror}") from e
 
@@ -296,10 +229,10 @@ def load_unsharded(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     saved = reader.read_metadata().state_dict_metadata
     tensors = {}
     for name, shape in manifest.model.items():
-        metadata = saved[_model_key(name)]
+        metadata = saved[model_key(name)]
         assert isinstance(metadata, TensorStorageMetadata)
         tensors[name] = torch.empty(shape, dtype=metadata.properties.dtype)
-    state = {_model_key(name): [Piece.whole(tensor)] for name, tensor in tensors.items()}
+    state = {model_key(name): [Piece.whole(tensor)] for name, tensor in tensors.items()}
     with warnings.catch_warnings():
         # DCP warns that it assumes a single process, which no_dist has just told it.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -327,104 +260,6 @@ class _Background(threading.Thread):
             raise self._error
 
 
-def _model_key(name: str) -> str:
-    return f"model/{name}"
-
-
-def _moment_prefix(table: Table) -> str:
-    return f"moment/{table.name}/"
-
-
-def _dense_tensors(dmp: DistributedModelParallel, tables: list[Table]) -> dict[str, torch.Tensor]:
-    names = {t.name for t in tables}
-    return {name: value for name, value in dmp.module.state_dict().items() if name not in names}
-
-
-def _signature(dmp: DistributedModelParallel) -> dict[str, list[int]]:
-    tables = local_tables(dmp)
-    shapes = {t.name: [t.rows, t.dim] for t in tables}
-    return shapes | {name: list(value.shape) for name, value in _dense_tensors(dmp, tables).items()}
-
-
-def _compare(path: Path, saved: dict[str, list[int]], model: dict[str, list[int]]) -> None:
-    problems = [
-        f"{path}: parameter '{name}' has shape {saved.get(name, 'none')} in the checkpoint, "
-        f"{model.get(name, 'none')} in the model"
-        for name in sorted(saved.keys() | model.keys())
-        if saved.get(name) != model.get(name)
-    ]
-    if problems:
-        raise CheckpointError("\n".join(["checkpoint of another model", *problems]))
-
-
-def _saved_state(dmp: DistributedModelParallel, optimizer: Optimizer, world: World) -> dict[str, list[Piece]]:
-    """What this rank writes: the blocks it owns, and its share of what is replicated."""
-    tables = local_tables(dmp)
-    state: dict[str, list[Piece]] = {}
-    for table in tables:
-        for block in table.blocks:
-            height, width = block.weight_RD.shape
-            moment_R = block.moment_R if block.moment_R is not None else optimizer.replicated_moments[table.name]
-            mine = slice(0, height)
-            if table.replicated:
-                mine = slice(height * world.rank // world.size, height * (world.rank + 1) // world.size)
-            if mine.start == mine.stop:
-                continue
-            row = block.row + mine.start
-            state.setdefault(_model_key(table.name), []).append(
-                Piece(block.weight_RD[mine], (row, block.column), (table.rows, table.dim))
-            )
-            key = f"{_moment_prefix(table)}{block.column}-{block.column + width}"
-            state.setdefault(key, []).append(Piece(moment_R[mine], (row,), (table.rows,)))
-    whole = {_model_key(name): value for name, value in _dense_tensors(dmp, tables).items()}
-    whole |= {f"adam/{name}": value for name, value in optimizer.dense_state().items()}
-    for i, (key, tensor) in enumerate(sorted(whole.items())):
-        if i % world.size == world.rank:
-            state[key] = [Piece.whole(tensor)]
-    return state
-
-
-def _wanted_state(
-    dmp: DistributedModelParallel, optimizer: Optimizer | None, saved: dict[str, Any]
-) -> tuple[dict[str, list[Piece]], list[Callable[[], None]]]:
-    """What this rank reads, straight into live tensors, and what remains to be done after reading."""
-    tables = local_tables(dmp)
-    state: dict[str, list[Piece]] = {}
-    finish: list[Callable[[], None]] = []
-    read: dict[tuple[str, int], torch.Tensor] = {}  # column blocks of one table share what they read
-    for table in tables:
-        for block in table.blocks:
-            state.setdefault(_model_key(table.name), []).append(
-                Piece(block.weight_RD, (block.row, block.column), (table.rows, table.dim))
-            )
-            if optimizer is None:
-                continue
-            height, width = block.weight_RD.shape
-            moment_R = block.moment_R if block.moment_R is not None else optimizer.replicated_moments[table.name]
-            parts = []
-            for key in saved:
-                if not key.startswith(_moment_prefix(table)):
-                    continue
-                first, last = map(int, key.removeprefix(_moment_prefix(table)).split("-"))
-                shared = min(last, block.column + width) - max(first, block.column)
-                if shared > 0:
-                    if (key, block.row) not in read:
-                        read[key, block.row] = torch.empty(height)
-                        state.setdefault(key, []).append(Piece(read[key, block.row], (block.row,), (table.rows,)))
-                    parts.append((shared / width, read[key, block.row]))
-            finish.append(lambda moment_R=moment_R, parts=parts: _combine(moment_R, parts))  # type: ignore[misc]
-    for name, value in _dense_tensors(dmp, tables).items():
-        state[_model_key(name)] = [Piece.whole(value)]
-    if optimizer is not None:
-        for name, value in optimizer.dense_state().items():
-            state[f"adam/{name}"] = [Piece.whole(value)]
-    return state, finish
-
-
-def _combine(moment_R: torch.Tensor, parts: list[tuple[float, torch.Tensor]]) -> None:
-    moment_R.copy_(sum(share * part_R for share, part_R in parts))  # type: ignore[arg-type]
-
-
 def _run_dcp(path: Path, verb: str, action: Callable[[], Any]) -> None:
     """DCP collects the failures of all ranks and raises them on each."""
     try:
@@ -432,11 +267,6 @@ def _run_dcp(path: Path, verb: str, action: Callable[[], Any]) -> None:
     except CheckpointException as e:
         rank, (cause, _) = min(e.failures.items())
         raise CheckpointError(f"{path}: cannot be {verb}: rank {rank}: {cause}") from e
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:
