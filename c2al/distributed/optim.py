@@ -1,5 +1,5 @@
 """One optimizer over a sharded model: fused row-wise Adagrad in the tables' backward, Adam or AdamW
-for the rest, one schedule for both.
+for the rest, one decay for both, a warm-up for each.
 
 Row-wise Adagrad, for the gradient g of a row of D columns: m += mean(g^2); w -= lr * g / (sqrt(m) + eps).
 A table split by columns keeps one m for each column block, over the mean of that block's columns: the
@@ -20,14 +20,14 @@ from c2al.config import OptimizerConfig
 from c2al.distributed.tables import local_tables
 
 
-def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Factor on both learning rates at `step` (from 0): linear warm-up, 1, then decay to
-    final_lr_fraction at step total_steps - 1."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on a learning rate at `step` (from 0): linear warm-up, 1, then decay to final_lr_fraction at
+    step total_steps - 1."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if config.decay == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
 
@@ -71,8 +71,12 @@ class Optimizer:
     @property
     def learning_rates(self) -> tuple[float, float]:
         """(tables, dense) of the coming step."""
-        scale = learning_rate_scale(self._config, self.steps, self._total_steps)
-        return self._config.sparse_lr * scale, self._config.dense_lr * scale
+        c = self._config
+        sparse, dense = (
+            learning_rate_scale(c, self.steps, self._total_steps, warmup)
+            for warmup in (c.sparse_warmup_steps, c.warmup_steps)
+        )
+        return c.sparse_lr * sparse, c.dense_lr * dense
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; TorchRec's gradient accumulation passes the flag as torch's optimizers take it."""
