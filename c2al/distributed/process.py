@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -22,6 +22,7 @@ from c2al.config import DistConfig
 from c2al.errors import BackendError, C2ALError, ConfigError, TrainingError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable that makes torchrun start every attempt with a store of its own."""
@@ -61,6 +62,16 @@ class World:
         """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it."""
         result = self.together(lambda: function() if self.rank == 0 else None, group)
         return cast(T, self.broadcast(result, group=group))
+
+    def share(self, items: Sequence[Item], function: Callable[[Item], T]) -> list[T]:
+        """`function` of every item, in order, on every rank (pickled). Rank r works on every size-th item from r.
+
+        `items` must be the same on every rank. Raises on every rank if `function` does on any.
+        """
+        mine = self.together(lambda: [function(item) for item in items[self.rank :: self.size]])
+        everyone: list[list[T]] = [[]] * self.size
+        dist.all_gather_object(everyone, mine, group=self.control)
+        return [everyone[i % self.size][i // self.size] for i in range(len(items))]
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of `tensor` over the ranks, in place, on every rank. CPU or device tensor."""
