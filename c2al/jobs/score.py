@@ -19,6 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.run / "config.toml", overrides)
     with process_group(config.dist) as world:
-        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config.axes)
+        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config)
         if world.rank == 0:
             print(f"{rows:,} rows scored into {args.output}")

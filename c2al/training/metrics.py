@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from c2al.ne import normalized_entropy
-from c2al.typed import build
 
 BINS = 1024
 """Bins of the AUC histogram, equally wide in logit over [-LIMIT, LIMIT]; the outer ones are open."""
@@ -71,36 +69,34 @@ class Sums:
             for t, task in enumerate(self.tasks)
         }
 
-    def to_tree(self) -> dict[str, Any]:
-        """JSON values that `from_tree` reads back bit for bit; most bins are 0, hence the compression."""
+    def saved(self) -> "SavedSums":
+        """What a checkpoint keeps; `restored` gives it back bit for bit."""
         content = zlib.compress(self.sums_CTS.cpu().numpy().astype("<f8").tobytes())
-        return {"tasks": list(self.tasks), "cohorts": list(self.cohorts), "sums": base64.b64encode(content).decode()}
-
-    @staticmethod
-    def from_tree(tree: Any) -> "Sums":
-        """Reads what `to_tree` wrote. Raises ValueError saying what is wrong with anything else."""
-        problems: list[str] = []
-        saved = build(_Saved, tree, "", problems)
-        if problems:
-            raise ValueError("; ".join(problems))
-        shape = (len(saved.cohorts), len(saved.tasks), _SUMS)
-        bytes_needed = 8 * shape[0] * shape[1] * shape[2]
-        try:
-            # One byte more than needed shows that there is more, without unpacking all of it.
-            content = zlib.decompressobj().decompress(base64.b64decode(saved.sums, validate=True), bytes_needed + 1)
-        except (ValueError, zlib.error) as e:
-            raise ValueError(f"sums: {e}") from e
-        if len(content) != bytes_needed:
-            raise ValueError(f"sums: not {shape} numbers")
-        sums_CTS = torch.from_numpy(np.frombuffer(content, "<f8").astype(np.float64).reshape(shape))
-        return Sums(tasks=saved.tasks, cohorts=saved.cohorts, sums_CTS=sums_CTS)
+        return SavedSums(tasks=self.tasks, cohorts=self.cohorts, sums=base64.b64encode(content).decode())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Saved:
+class SavedSums:
+    """Sums as values of JSON."""
+
     tasks: tuple[str, ...]
     cohorts: tuple[str, ...]
     sums: str
+    """The float64 values, little-endian, through zlib (most bins are 0) and Base64."""
+
+    def restored(self) -> Sums:
+        """Raises ValueError when `sums` are not the values of these tasks and cohorts."""
+        shape = (len(self.cohorts), len(self.tasks), _SUMS)
+        needed = 8 * shape[0] * shape[1] * shape[2]
+        try:
+            # One byte more than needed shows that there is more, without unpacking all of it.
+            content = zlib.decompressobj().decompress(base64.b64decode(self.sums, validate=True), needed + 1)
+        except (ValueError, zlib.error) as e:
+            raise ValueError(f"sums: {e}") from e
+        if len(content) != needed:
+            raise ValueError(f"sums: not {shape} numbers")
+        sums_CTS = torch.from_numpy(np.frombuffer(content, "<f8").astype(np.float64).reshape(shape))
+        return Sums(tasks=self.tasks, cohorts=self.cohorts, sums_CTS=sums_CTS)
 
 
 class BinaryMetrics:

@@ -11,6 +11,7 @@ import torch
 from c2al.config import replace
 from c2al.data.parquet import BatchReader
 from c2al.data.schema import Statistics
+from c2al.data.scores_folder import check_marker
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import ConfigError
 from c2al.serving.export import export
@@ -42,7 +43,9 @@ def test_scores_are_the_inputs_rows_in_order(config, world, runs, tmp_path):
     table = pq.read_table(tmp_path / "scores")
     source = pq.read_table(config.data.test[0])
     assert rows == table.num_rows == source.num_rows
-    assert json.loads((tmp_path / "scores" / "_complete.json").read_text()) == {"rows": rows, "parts": 1}
+    marker = check_marker(tmp_path / "scores")
+    assert marker is not None
+    assert (marker.rows, [p.name for p in marker.parts]) == (rows, ["part-00000.parquet"])
     for name in ("row_id", "user_id", "surface", "age"):
         assert table[name].equals(source[name]), name
     assert np.array_equal(table["label"], source["label"])
