@@ -45,7 +45,7 @@ def overhead(config: Config, world: World, folder: Path, blocks: int, steps: int
     """Time of a C2AL step over that of a baseline step, one ratio a block of `steps` steps of each."""
     arms = {}
     for name, weight in (("baseline", 0.0), ("c2al", 0.2)):
-        arm = replace(config, **{"train.lambda_head": weight, "train.lambda_tail": weight, "data.validation": ()})
+        arm = replace(config, **{"train.auxiliary_lambda": weight, "data.validation": ()})
         run = start_run(folder / name, arm, cohorts_file(folder / "cohorts.json") if weight else None, world)
         trainer = Trainer(run, world)
         kept = list(itertools.islice(iter(training_reader(run, world)), 8))

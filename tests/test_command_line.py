@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from c2al.__main__ import JOBS, main
+from c2al.__main__ import JOBS, SETTINGS, main
+from c2al.config.reference import reference
 
 
 def test_every_job_explains_itself():
@@ -29,7 +30,19 @@ def test_every_job_has_help(job, capsys):
     with pytest.raises(SystemExit) as caught:
         main([job, "--help"])
     assert caught.value.code == 0
-    assert f"c2al {job}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"c2al {job}" in text
+    assert ("settings of the configuration" in text) == (job in SETTINGS)
+
+
+def test_help_shows_the_settings_that_the_reference_shows(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    shown = [s for section in reference(SETTINGS["train"]) for s in section.settings]
+    assert len(shown) > 60
+    assert not [s.path for s in shown if f"{s.path} {s.title} {s.text}" not in text]
+    assert "evaluate.replicates" not in text
 
 
 def test_a_missing_config_is_said_in_one_line(tmp_path, capsys):

@@ -27,7 +27,7 @@ class FMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """EmbeddingBagCollection -> dense arch -> DHEN -> heads."""
+    """EmbeddingBagCollection -> dense arch -> DHEN -> prediction heads."""
 
     embedding_dim: int = 16
     """d, of every embedding table; a multiple of 4 (fbgemm)."""
@@ -44,22 +44,26 @@ class ModelConfig:
     )
     """Interaction modules of every layer."""
     ensemble: Literal["concat", "sum"] = "concat"
+    """How a layer joins its modules' outputs. concat: side by side, then one linear map to the layer's fields. sum:
+    added, each after a linear map of its own where it has another number of fields."""
     fields: int = 0
     """Fields every DHEN layer puts out; 0: as many as it takes in."""
     shortcut: Literal["identity", "linear"] = "identity"
-    """identity needs fields = 0."""
+    """Path around a layer: its input as it is (needs fields = 0), or a linear map of it."""
     norm: Literal["layer", "rms"] = "layer"
+    """Normalisation of a layer's output: LayerNorm or RMSNorm, over the embedding dimension."""
     cross_rank: int = 16
     """Rank of the DCN-v2 cross weights."""
     attention_heads: int = 2
-    """Heads of the multi-head self-attention; divides embedding_dim."""
+    """Attention heads of the interaction module 'attention'; divides embedding_dim."""
     head_hidden: tuple[int, ...] = (64,)
-    """Hidden units of the primary head."""
+    """Hidden units of the primary prediction head; none: linear in the encoder's features."""
     auxiliary_hidden: tuple[int, ...] = ()
-    """Hidden units of each auxiliary head; none: linear in the encoder's features."""
+    """Hidden units of each auxiliary prediction head; none: linear in the encoder's features."""
     dropout: float = 0.0
-    """Probability, after every DHEN layer."""
+    """Probability that a value is set to 0 in training, after every DHEN layer."""
     fm: FMConfig = FMConfig()
+    """The interaction module 'fm_attention'."""
 
     def problems(self) -> Problems:
         if self.embedding_dim < 4 or self.embedding_dim % 4:

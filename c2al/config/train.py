@@ -12,22 +12,28 @@ class OptimizerConfig:
     """Fused row-wise Adagrad for the tables, Adam or AdamW for the rest, one decay for both."""
 
     sparse_lr: float = 0.05
+    """Learning rate of the embedding tables, before the schedule."""
     sparse_eps: float = 1e-8
+    """Added to the root of the sum of squared gradients in row-wise Adagrad, against division by 0."""
     sparse_weight_decay: float = 0.0
     """L2 penalty inside the fused row-wise Adagrad update."""
     dense: Literal["adam", "adamw"] = "adamw"
+    """Optimizer of everything but the tables. adam adds weight_decay to the gradient, adamw to the step."""
     dense_lr: float = 1e-3
+    """Learning rate of the dense optimizer, before the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the dense optimizer's first and second moments, each in [0, 1)."""
     weight_decay: float = 0.0
-    """Of the dense optimizer."""
+    """Weight decay of the dense optimizer."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 of the dense optimizer."""
     sparse_warmup_steps: int = 0
-    """The same of the tables. Row-wise Adagrad never forgets: gradients that arrive while the rate is near
-    zero move nothing, fill its sums and slow a table down for the rest of training."""
+    """Steps of linear warm-up from 0 of the tables. Row-wise Adagrad never forgets: gradients that arrive while the
+    rate is near zero move nothing, fill its sums and slow a table down for the rest of training."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up, to final_lr_fraction at the last step."""
+    """How the learning rates fall after warm-up, to final_lr_fraction at the last step; constant: not at all."""
     final_lr_fraction: float = 0.0
+    """Share of the learning rates that is left at the last step, in [0, 1]."""
     clip_norm: float = 0.0
     """Bound on the global L2 norm of the dense gradients; 0: none. The tables are updated inside
     backward, before a global norm exists, and are not part of it."""
@@ -52,6 +58,7 @@ class CheckpointConfig:
     every_steps: int = 0
     """Steps between checkpoints; 0: only at the end of training."""
     keep_last: int = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
     keep_best: int = 1
     """Checkpoints of lowest validation NE kept besides the last ones."""
     asynchronous: bool = True
@@ -74,19 +81,19 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose dense gradients are summed before one optimizer step."""
     epochs: int = 1
+    """Passes over the training split."""
     max_steps: int = 0
     """Steps after which training ends before its epochs are over; 0: no bound."""
     auxiliary_lambda: float = 0.0
-    """lambda_c of Eq. 4, the weight of a cohort's auxiliary loss, for every chosen cohort that `lambdas`
-    does not name. All 0: no auxiliary prediction heads."""
+    """lambda of Eq. 4: weight of the auxiliary loss of every chosen cohort that `lambdas` does not name. All 0: no
+    auxiliary prediction heads."""
     lambdas: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Name of a chosen cohort, e.g. "head" -> a lambda of its own."""
+    """Chosen cohorts with a lambda of their own, by name, e.g. {head = 0.3, tail = 0.1}."""
     auxiliary_target: Literal["label", "membership"] = "label"
-    """What an auxiliary prediction head learns: label = y 1[x in cohort] (Eq. 4), membership = 1[x in cohort]."""
+    """What an auxiliary prediction head learns. label: y 1[x in cohort] (Eq. 4). membership: 1[x in cohort]."""
     lambda_schedule: Literal["constant", "warmup", "decay", "early"] = "constant"
-    """Factor on every lambda over the steps of training. warmup: rises from 0 to 1 over the first
-    lambda_share of them. decay: falls from 1 to 0 over the last lambda_share. early: 1 over the first
-    lambda_share, then 0."""
+    """Factor on every lambda over the steps of training. warmup: rises from 0 to 1 over the first lambda_share of
+    them. decay: falls from 1 to 0 over the last lambda_share. early: 1 over the first lambda_share, then 0."""
     lambda_share: float = 0.2
     """Share of the steps, in (0, 1]; without effect on a constant schedule."""
     prime_biases: bool = True
@@ -103,7 +110,9 @@ class TrainConfig:
     profile_steps: int = 0
     """Steps recorded by torch.profiler after the tenth; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Learning rates and their schedule."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
 
     @property
     def auxiliary(self) -> bool:
@@ -111,7 +120,7 @@ class TrainConfig:
         return self.auxiliary_lambda > 0 or any(value > 0 for value in self.lambdas.values())
 
     def lambda_of(self, cohort: str) -> float:
-        """lambda_c of the chosen cohort of that name, before the schedule."""
+        """lambda of the chosen cohort of that name, before the schedule."""
         return self.lambdas.get(cohort, self.auxiliary_lambda)
 
     def problems(self) -> Problems:

@@ -184,8 +184,8 @@ def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
         found = tree.get("version") if isinstance(tree, dict) else None
         raise CohortError(f"{source}: version is {found!r}, this c2al reads version {VERSION}")
     try:
-        axes = tuple(_axis(a, source) for a in tree["axes"])
-        return Cohorts(named=_named(tree["chosen"], axes, source), reason=tree["chosen"]["reason"], axes=axes)
+        chosen, axes = tree["chosen"], tuple(_axis(a, source) for a in tree["axes"])
+        return Cohorts(named=_named(chosen, axes, source), reason=chosen["reason"], axes=axes)
     except (KeyError, TypeError) as e:
         raise CohortError(f"{source}: not a cohorts.json of version {VERSION}: {e!r}") from e
 

@@ -133,7 +133,7 @@ class Encoder:
         self,
         data: DataConfig,
         statistics: Statistics,
-        cohorts: "Sequence[CohortSpec]",
+        cohorts: "Sequence[CohortSpec] | None",
         carry: Sequence[str],
     ):
         self._data = data
@@ -151,7 +151,7 @@ class Encoder:
                 if f.key not in statistics.vocabularies:
                     raise DataError(f"statistics: no vocabulary of sparse feature '{f.key}'; fit them with this config")
                 self._vocabularies[f.key] = pa.array(statistics.vocabularies[f.key])
-        self._cohorts = tuple(cohorts)
+        self._cohorts = tuple(cohorts or ())
         self._carry = list(carry)
         plain = {data.label, data.weight, *self.carried_columns} - {""}
         self.columns = sorted(plain | {f.column for f in data.dense} | {f.column for f in data.sparse})

@@ -35,9 +35,7 @@ def targets(label_B: Tensor, member_BC: Tensor, target: Target = "label") -> Ten
     return torch.cat([label_B[:, None], auxiliary_BC], dim=1)
 
 
-def objective(
-    logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C: Sequence[float], rows: float
-) -> Loss:
+def objective(logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C: Sequence[float], rows: float) -> Loss:
     """L = BCE(primary, y) + sum over cohorts c of lambda_c BCE(auxiliary c, y 1[x in c]).
 
     Every task sees every row. Each BCE is sum(weight * bce) / rows, not the mean of the batch. With

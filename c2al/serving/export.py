@@ -26,7 +26,7 @@ from c2al.distributed.checkpoint import Checkpointer, load_unsharded
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
 from c2al.files import write_atomically
-from c2al.training.model import AUXILIARY_PREFIXES, C2ALModel, primary_prediction
+from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
 from c2al.training.run_folder import open_run
 
 TASK_PREFIX = "model."
@@ -67,9 +67,9 @@ def export(
     if path is None:
         raise CheckpointError(f"{run.checkpoints}: holds no checkpoint")
     state = {name.removeprefix(TASK_PREFIX): value for name, value in load_unsharded(path).items()}
-    training = _load(run.config, run.config.train.auxiliary, state, path)
-    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIXES)}
-    serving = Serving(_load(run.config, False, served, path)).eval()
+    training = _load(run.config, len(run.cohorts), state, path)
+    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
+    serving = Serving(_load(run.config, 0, served, path)).eval()
 
     reader = BatchReader(
         data,
@@ -106,8 +106,8 @@ def export(
     return proof
 
 
-def _load(config: Config, auxiliary: bool, state: dict[str, Tensor], path: Path) -> C2ALModel:
-    model = C2ALModel(config, auxiliary, table_device="cpu").eval()
+def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path) -> C2ALModel:
+    model = C2ALModel(config, cohorts, table_device="cpu").eval()
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -135,7 +135,7 @@ def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkp
                 )
             rows += len(served_B)
     parameters = sorted(name.removeprefix("model.") for name in program.state_dict)
-    baseline = sorted(name for name, _ in training.named_parameters() if not name.startswith(AUXILIARY_PREFIXES))
+    baseline = sorted(name for name, _ in training.named_parameters() if not name.startswith(AUXILIARY_PREFIX))
     if parameters != baseline:
         raise CheckpointError(f"{checkpoint}: the artifact's parameters {parameters} are not the baseline's {baseline}")
     return {"checkpoint": checkpoint.name, "rows_compared": rows, "parameters": parameters}

@@ -3,7 +3,8 @@
 config.toml        resolved config; written last when a run starts
 inputs.json        content identity of the training files and of statistics.json
 statistics.json    training statistics and vocabularies
-cohorts.json       head and tail cohort, in a C2AL run
+base_rates.json    how often each task is positive in the training split
+cohorts.json       the chosen cohorts, in a C2AL run
 checkpoints/       see c2al.distributed.checkpoint
 metrics.jsonl      one record per line: {"step": ..., "kind": "train" | "validation" | "y", ...}
 tensorboard/       the same numbers
@@ -33,7 +34,9 @@ from c2al.distributed.process import World
 from c2al.errors import ConfigError, StateError
 from c2al.files import only_writer, output_errors, write_atomically
 from c2al.text import redacted
-from c2al.training.inputs import Inputs, check_inputs, refuse_empty_cohorts
+from c2al.training.base_rates import BaseRates, count_base_rates
+from c2al.training.inputs import Inputs, check_inputs
+from c2al.typed import hint
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it:
 # nothing that changes the sequence of weights.
@@ -53,7 +56,14 @@ class Run:
     path: Path
     config: Config
     statistics: Statistics
-    cohorts: tuple[CohortSpec, CohortSpec] | None
+    base_rates: BaseRates
+    cohorts: tuple[CohortSpec, ...]
+    """The chosen ones, in a C2AL run; empty in a baseline's."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the cohorts."""
+        return tuple(cohort.label for cohort in self.cohorts)
 
     @property
     def checkpoints(self) -> Path:
@@ -65,7 +75,7 @@ def open_run(path: Path) -> Run:
 
     Raises ConfigError when it is none, StateError when one of its files is damaged.
     """
-    for name in ("config.toml", "statistics.json"):
+    for name in ("config.toml", "statistics.json", "base_rates.json"):
         if not (path / name).exists():
             raise ConfigError(f"{path}: not the folder of a training run (it has no {name})")
     config = load_config(path / "config.toml")
@@ -73,7 +83,8 @@ def open_run(path: Path) -> Run:
         path=path,
         config=config,
         statistics=_read_statistics(path / "statistics.json"),
-        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else None,
+        base_rates=BaseRates.read(path / "base_rates.json"),
+        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else (),
     )
 
 
@@ -100,17 +111,19 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
     # config.toml is written last: without it, an earlier start died before its folder was whole.
     if world.once(lambda: (path / "config.toml").exists()):
         statistics = world.once(lambda: _resume(path, config, cohorts, train))
+        rates = world.once(lambda: BaseRates.read(path / "base_rates.json"))
     else:
-        if cohorts is not None:
-            refuse_empty_cohorts(cohorts, config, world)
+        chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
+        rates = count_base_rates(config, chosen, world)
         statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
-        world.once(lambda: _begin(path, statistics, train, cohorts))
+        world.once(lambda: _begin(path, statistics, rates, train, cohorts))
     world.once(lambda: save_config(config, path / "config.toml"))
     return Run(
         path=path,
         config=config,
         statistics=statistics,
-        cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.auxiliary else None,
+        base_rates=rates,
+        cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.auxiliary else (),
     )
 
 
@@ -120,21 +133,28 @@ def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdenti
         raise ConfigError("data.train: names no files to train on")
     if config.train.auxiliary and cohorts is None:
         raise ConfigError(
-            "train.lambda_head, train.lambda_tail: auxiliary losses need the cohorts; give --cohorts cohorts.json"
+            "train.auxiliary_lambda, train.lambdas: auxiliary losses need the cohorts; give --cohorts cohorts.json"
         )
     if not config.train.auxiliary and cohorts is not None:
-        raise ConfigError(f"{cohorts}: cohorts without effect, since train.lambda_head and train.lambda_tail are 0")
+        raise ConfigError(f"{cohorts}: cohorts without effect, since train.auxiliary_lambda and train.lambdas are 0")
     if (path / "config.toml").exists():
         _refuse_another_config(path, config)
     elif any((path / "checkpoints").glob("step-*")):
         raise ConfigError(f"{path}: holds checkpoints, but no config.toml says of what; give another --output")
-    check_inputs(config, () if cohorts is None else read_cohorts(cohorts).chosen())
+    chosen = () if cohorts is None else read_cohorts(cohorts).chosen()
+    labels = [c.label for c in chosen]
+    if unknown := sorted(config.train.lambdas.keys() - set(labels) if chosen else ()):
+        raise ConfigError([f"train.lambdas.{n}: {cohorts} chose {', '.join(labels)}{hint(n, labels)}" for n in unknown])
+    check_inputs(config, chosen)
     return identify(open_dataset(config.data.train))
 
 
-def _begin(path: Path, statistics: Statistics, train: tuple[FileIdentity, ...], cohorts: Path | None) -> None:
+def _begin(
+    path: Path, statistics: Statistics, rates: BaseRates, train: tuple[FileIdentity, ...], cohorts: Path | None
+) -> None:
     text = statistics.to_json()
     write_atomically(path / "statistics.json", text)
+    rates.write(path / "base_rates.json")
     Inputs(train=train, statistics_sha256=_sha256(text.encode())).write(path / "inputs.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_bytes())
@@ -159,8 +179,10 @@ def _resume(path: Path, config: Config, cohorts: Path | None, train: tuple[FileI
 
 def _refuse_another_config(path: Path, config: Config) -> None:
     saved = load_config(path / "config.toml")
-    # Without decay no step depends on where training ends, so a run can be made longer.
-    free = (*_FREE, "train.max_steps") if config.train.optimizer.decay == "constant" else _FREE
+    # Without schedules no step depends on where training ends, so a run can be made longer.
+    train = config.train
+    endless = train.optimizer.decay == "constant" and (train.lambda_schedule == "constant" or not train.auxiliary)
+    free = (*_FREE, "train.max_steps") if endless else _FREE
     changed = [
         f"{path}: holds a run with {key} = {old!r}, not {new!r}; give another --output"
         for key, old, new in config_differences(saved, config)

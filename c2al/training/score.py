@@ -5,6 +5,7 @@ row id, user id, label, weight, prediction (probability of the primary predictio
 if there is one, and every axis column under its own name. `_complete.json` comes last.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def _with_config(run: Run, config: Config) -> Run:
     ]
     if changed:
         raise ConfigError(changed)
-    return Run(path=run.path, config=config, statistics=run.statistics, cohorts=run.cohorts)
+    return dataclasses.replace(run, config=config)
 
 
 def _prepare(output: Path, partial: Path) -> None:
@@ -154,7 +155,7 @@ class _Scoring:
     def write(self, folder: Path, checkpoint: Path | None) -> int:
         """Writes this rank's part and returns the number of rows over all ranks."""
         world = self.world
-        model = _sharded(self.run.config, world).eval()
+        model = _sharded(self.run, world).eval()
         checkpoints = Checkpointer(self.run.checkpoints, self.run.config.train.checkpoint, world)
         path = checkpoint or checkpoints.latest()
         if path is None:
@@ -208,14 +209,15 @@ class _Scoring:
         raise AssertionError("a row beyond the data set")
 
 
-def _sharded(config: Config, world: World) -> DistributedModelParallel:
+def _sharded(run: Run, world: World) -> DistributedModelParallel:
     """The model of a run. A plan made for other ranks is replaced: it places weights and changes no score."""
+    config = run.config
     try:
-        return shard_model(TrainTask(config, world.size), config, world)
+        return shard_model(TrainTask(config, world.size, run.names), config, world)
     except PlanError as e:
         if not config.dist.plan:
             raise
         if world.rank == 0:
             tqdm.write(f"{e}; planned anew for {world.size} rank(s)")
     again = replace(config, **{"dist.plan": ""})
-    return shard_model(TrainTask(again, world.size), again, world)
+    return shard_model(TrainTask(again, world.size, run.names), again, world)

@@ -23,16 +23,18 @@ from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import C2ALError, CheckpointError, TrainingError
+from c2al.nn.objective import targets
 from c2al.training.batches import training_batches, training_reader, validation_batches
 from c2al.training.diagnostics import YRecorder
 from c2al.training.interrupt import Interrupt
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
-from c2al.training.model import TrainTask
+from c2al.training.model import Objective, TrainTask
 from c2al.training.pipeline import Clock, Pipeline
 from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
 from c2al.typed import Problems, build
 
-TASKS = ("primary", "head", "tail")
+PRIMARY = "primary"
+"""Name of the primary task; the others have the names of their cohorts."""
 Y_BATCHES = 8
 """Validation batches whose Y is recorded."""
 
@@ -84,7 +86,12 @@ class Trainer:
 
         torch.manual_seed(self.config.seed)
         self.clock = Clock()
-        self.model = shard_model(TrainTask(self.config, world.size), self.config, world)
+        task = TrainTask(self.config, world.size, run.names)
+        if self.config.train.prime_biases:
+            task.model.over.heads.prime(run.base_rates.rates(self.config.train.auxiliary_target))
+        self.model = shard_model(task, self.config, world)
+        # Sharding may copy modules, so the objective is looked up in what came out of it.
+        self.objective = next(m for m in self.model.modules() if isinstance(m, Objective))
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
         self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates)
@@ -161,10 +168,11 @@ class Trainer:
         """One step: forward, backward, update, and the sums of the metrics. Never waits for the device."""
         step = self.step + 1
         self.world.seed_step(self.config.seed, step)
+        self.objective.at_step(step - 1, self.total)
         # The last step of all is an optimizer step whatever is accumulated.
         task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
         self.loss_T += task_T
-        _update(self.metrics, logit_BT, batch)
+        self._update(self.metrics, logit_BT, batch)
         self.step = step
 
     def _check(self, interrupt: Interrupt) -> None:
@@ -228,6 +236,7 @@ class Trainer:
             "input_dist_overlapped": self.pipeline.overlapped,
             "peak_memory_mib": _peak_memory_mib(self.world.device),
             "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
+            "lambda": dict(zip(self.run.names, self.objective.lambda_C, strict=True)),
         }
         self._record("train", values)
         bar.set_postfix_str(f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}")
@@ -245,7 +254,7 @@ class Trainer:
         with self._evaluating():
             for batch in validation_batches(self.run, self.world):
                 _, (_, logit_BT, batch) = self.model(batch)
-                _update(metrics, logit_BT, batch)
+                self._update(metrics, logit_BT, batch)
         result = self._merged(metrics.lifetime).compute()
         self.ne = result["primary"]["all"].ne
         self._record("validation", _table(result))
@@ -311,9 +320,12 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
     def _new_metrics(self, lifetime: Sums | None = None) -> BinaryMetrics:
-        tasks = TASKS if self.config.train.auxiliary else TASKS[:1]
-        cohorts = TASKS[1:] if self.run.cohorts else ()
-        return BinaryMetrics(tasks, cohorts, device=self.world.device, lifetime=lifetime)
+        names = self.run.names
+        return BinaryMetrics((PRIMARY, *names), names, device=self.world.device, lifetime=lifetime)
+
+    def _update(self, metrics: BinaryMetrics, logit_BT: Tensor, batch: Batch) -> None:
+        target_BT = targets(batch.label_B, batch.member_BC, self.objective.target)
+        metrics.update(logit_BT, target_BT, batch.weight_B, batch.member_BC)
 
     def _merged(self, sums: Sums) -> Sums:
         return dataclasses.replace(sums, sums_CTS=self.world.all_sum(sums.sums_CTS))
@@ -357,13 +369,6 @@ def _finite(model: nn.Module) -> Tensor:
     """Whether all weights of this rank are finite, as a scalar on their device; makes no copy of them."""
     extremes = [x for p in model.parameters() if p.numel() for x in p.detach().aminmax()]
     return torch.stack([x.float().isfinite() for x in extremes]).all()
-
-
-def _update(metrics: BinaryMetrics, logit_BT: Tensor, batch: Batch) -> None:
-    label_BT = batch.label_B[:, None]
-    if len(metrics.tasks) > 1:
-        label_BT = torch.cat([label_BT, label_BT * batch.member_B2], dim=1)
-    metrics.update(logit_BT, label_BT, batch.weight_B, batch.member_B2 if len(metrics.cohorts) > 1 else None)
 
 
 def _table(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def assert_refused(folder: Path, capsys, words: list[str], overrides: Sequence[s
 
 def test_auxiliary_losses_need_cohorts(config, world, tmp_path):
     with pytest.raises(ConfigError, match="need the cohorts; give --cohorts"):
-        train(replace(config, **{"train.lambda_head": 0.1}), tmp_path / "run", world)
+        train(replace(config, **{"train.auxiliary_lambda": 0.1}), tmp_path / "run", world)
     assert not (tmp_path / "run").exists()
 
 
@@ -190,7 +190,7 @@ def test_a_cohort_that_can_teach_nothing_is_refused(tmp_path, capsys, label, fou
     write_impressions(tmp_path / "train", 64, surface=surface, label=np.full(64, label, np.int8))
     write_cohorts(tmp_path / "cohorts.json")
     save_config(parse_config(tree(tmp_path)), tmp_path / "c.toml")
-    words = ["--cohorts", str(tmp_path / "cohorts.json"), "--train.lambda_tail", "0.5"]
+    words = ["--cohorts", str(tmp_path / "cohorts.json"), "--train.lambdas.tail", "0.5"]
     words += ["--data.validation", "[]", "--data.test", "[]"]
     assert main(["train", "--config", str(tmp_path / "c.toml"), "--output", str(tmp_path / "run"), *words]) == 2
     message = capsys.readouterr().err
