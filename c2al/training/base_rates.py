@@ -61,13 +61,13 @@ class BaseRates:
         return read_state(path, BaseRates, format=FORMAT, version=VERSION)
 
 
-def count_base_rates(config: Config, cohorts: Sequence[CohortSpec], world: World) -> BaseRates:
+def count_base_rates(config: Config, cohorts: Sequence[CohortSpec], world: World, source: str = "cohorts") -> BaseRates:
     """Counts the training split. Collective: all ranks share the scan, which reads the label, the weight and
     the columns of the cohorts.
 
     Sums are taken per row group and added exactly, so the counts are the same, bit for bit, for any number
     of ranks. Raises DataError naming a value that is no label or no weight, CohortError for a cohort without
-    rows or positives: its prediction head would learn nothing but its bias.
+    rows or positives, whose prediction head would learn nothing but its bias; `source` names their file.
     """
     # An encoder without features, so that labels and weights are what they are in training.
     bare = dataclasses.replace(config.data, dense=(), sparse=())
@@ -78,7 +78,7 @@ def count_base_rates(config: Config, cohorts: Sequence[CohortSpec], world: World
     counted = [counts for part in parts for counts in part]
     total = [_sum(column) for column in zip(*counted, strict=True)]
     rates = BaseRates(all=total[0], cohorts=tuple(total[1:]))
-    _refuse_empty(rates, cohorts, config)
+    _refuse_empty(rates, cohorts, config, source)
     return rates
 
 
@@ -106,9 +106,9 @@ def _sum(counts: Sequence[Count]) -> Count:
     )
 
 
-def _refuse_empty(rates: BaseRates, cohorts: Sequence[CohortSpec], config: Config) -> None:
+def _refuse_empty(rates: BaseRates, cohorts: Sequence[CohortSpec], config: Config, source: str) -> None:
     empty = [
-        f"the {spec.label} cohort {spec.axis} = {spec.name} has "
+        f"{source}: the {spec.label} cohort {spec.axis} = {spec.name} has "
         + (f"{count.rows} rows but no positives" if count.rows else "no rows")
         + f" in data.train ({', '.join(config.data.train)})"
         for spec, count in zip(cohorts, rates.cohorts, strict=True)

@@ -114,7 +114,7 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
         rates = world.once(lambda: BaseRates.read(path / "base_rates.json"))
     else:
         chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
-        rates = count_base_rates(config, chosen, world)
+        rates = count_base_rates(config, chosen, world, str(cohorts))
         statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
         world.once(lambda: _begin(path, statistics, rates, train, cohorts))
     world.once(lambda: save_config(config, path / "config.toml"))
