@@ -130,11 +130,11 @@ class Trainer:
                 self._check(interrupt)
                 if self._due(train.log_every):
                     self._log_training(bar)
-                if self._due(train.y_every):
-                    self._record_y()
-                # Saved first: an evaluation that fails, or is killed, costs no trained weights.
+                # Saved before the validation split is read: a failure there costs no trained weights.
                 if saved := self._due(train.checkpoint.every_steps):
                     self._save()
+                if self._due(train.y_every):
+                    self._record_y()
                 if self._due(train.eval_every):
                     self._evaluate()
                     if saved:
