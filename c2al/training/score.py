@@ -18,10 +18,10 @@ from tqdm import tqdm
 from c2al.config import Axis
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
 from c2al.distributed.sharding import shard_model
-from c2al.errors import CheckpointError, ConfigError
+from c2al.errors import ConfigError
 from c2al.files import write_atomically
 from c2al.training.model import TrainTask, primary_prediction
 from c2al.training.run_folder import Run, open_run
@@ -93,12 +93,12 @@ def _score(
         shards=world.size,
         carry=carry,
     )
-    model = shard_model(TrainTask(run.config, world.size), run.config, world).eval()
-    checkpoints = Checkpointer(run.checkpoints, run.config.train.checkpoint, world)
-    path = checkpoint or checkpoints.latest()
-    if path is None:
-        raise CheckpointError(f"{run.checkpoints}: holds no checkpoint")
-    checkpoints.load(path, model, None)
+    model = shard_model(TrainTask(run.config, world.size), run.config, world, plan_again=True).eval()
+    checkpoints = CheckpointReader(run.checkpoints, world)
+    if checkpoint is not None:
+        checkpoints.load(checkpoint, model)
+    else:
+        checkpoints.with_newest(lambda path: checkpoints.load(path, model))
 
     rows, writer = 0, None
     bar = tqdm(total=reader.steps, unit="batch", disable=None if world.rank == 0 else True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
@@ -78,16 +78,19 @@ class Trainer:
             self.model,
             GradientAccumulationConfig(num_steps=self.config.train.accumulate),
         )
-        self.checkpoints = Checkpointer(run.checkpoints, self.config.train.checkpoint, world)
+        self.saved = CheckpointReader(run.checkpoints, world)
+        self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
         self.step = 0
-        if (newest := self.checkpoints.latest()) is not None:
-            self.step = self.checkpoints.load(newest, self.model, self.optimizer)["step"]
+        if (newest := self.saved.latest()) is not None:
+            self.step = self.saved.load(newest, self.model, self.optimizer, same_arithmetic=True)["step"]
 
         self.metrics = self._new_metrics(window=self.config.train.log_every)
         self.loss_T = torch.zeros(len(self.metrics.tasks), dtype=torch.float64, device=world.device)
         """Sum of the steps' task losses since the last log line."""
         self._logged = self.step
         self.ne: float | None = None
+        self.ne_step = -1
+        """Step that `ne` is of."""
         self.log = MetricsLog(run.path, self.step) if world.rank == 0 else None
         if world.rank == 0:
             save_plan(self.model, run.path / "plan.json")
@@ -158,6 +161,7 @@ class Trainer:
         self.world.seed_step(self.config.seed, self.step)
         # The last step of all is an optimizer step whatever is accumulated.
         task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=self.step == self.total)
+        self.step_loss_T = task_T
         self.loss_T += task_T
         _update(self.metrics, logit_BT, batch)
 
@@ -168,7 +172,7 @@ class Trainer:
         ).tolist()
         if bad:
             self.checkpoints.wait()
-            kept = self.checkpoints.latest()
+            kept = self.saved.latest()
             raise TrainingError(
                 f"{self.run.path}: the loss is not finite at or up to {self.config.train.log_every} steps before step "
                 f"{self.step} (on {bad:.0f} of {self.world.size} ranks); "
@@ -210,7 +214,7 @@ class Trainer:
                 _, (_, logit_BT, batch) = self.model(batch)
                 _update(metrics, logit_BT, batch)
         result = self._merged(metrics.lifetime)
-        self.ne = result["primary"]["all"].ne
+        self.ne, self.ne_step = result["primary"]["all"].ne, self.step
         if self.log is not None:
             self.log.write(self.step, "validation", _table(result))
             tqdm.write(f"step {self.step}: validation NE {_shown(self.ne)}", file=sys.stderr)
@@ -253,7 +257,9 @@ class Trainer:
 
     def _save(self) -> None:
         with self.clock.section("checkpoint"):
-            self.checkpoints.save(self.step, self.model, self.optimizer, {"step": self.step}, self.ne)
+            ne = self.ne if self.ne_step == self.step else None
+            extra = {"step": self.step}
+            self.checkpoints.save(self.step, self.model, self.optimizer, extra, loss=self.step_loss_T, ne=ne)
 
     def _new_metrics(self, window: int) -> BinaryMetrics:
         tasks = TASKS if self.config.train.auxiliary else TASKS[:1]
