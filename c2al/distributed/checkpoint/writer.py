@@ -141,7 +141,7 @@ class CheckpointWriter:
 
     def _check(self, step: int, loss: torch.Tensor, extra: dict[str, Any]) -> None:
         if not loss.isfinite().all():
-            raise TrainingError(f"{self._directory}: step {step} is not saved, its loss is not finite")
+            raise self._refusal(step, "its loss is not finite")
         try:
             json.dumps(extra, allow_nan=False)
         except (TypeError, ValueError) as e:
@@ -173,9 +173,12 @@ class CheckpointWriter:
 
     def _check_state(self, state: dict[str, list[Piece]], step: int) -> None:
         if names := not_finite(state):
-            raise TrainingError(
-                f"{self._directory}: step {step} is not saved, it has values that are not finite in {', '.join(names)}"
-            )
+            raise self._refusal(step, f"values of {', '.join(names)} are not finite")
+
+    def _refusal(self, step: int, reason: str) -> TrainingError:
+        good, _ = finished(self._directory)
+        before = f"the last good checkpoint is {good[-1][0]}" if good else "there is no checkpoint before it"
+        return TrainingError(f"{self._directory}: step {step} is not saved: {reason}; {before}")
 
     def _once(self, action: Callable[[], Any]) -> Any:
         """Runs `action` on rank 0 and gives all ranks its result, or its failure as a CheckpointError."""
