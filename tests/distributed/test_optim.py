@@ -10,7 +10,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from c2al.config import OptimizerConfig
 from c2al.distributed.optim import learning_rate_scale, make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables
 from c2al.errors import PlanError
 
 LR, EPS = 0.1, 1e-8
