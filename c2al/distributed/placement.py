@@ -4,7 +4,6 @@ A plan is a `Placement` per table: a sharding type and the ranks its blocks go t
 block's rows and columns follow.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from torchrec.distributed.embedding_types import ShardingType
 
 from c2al.distributed.process import World
 from c2al.errors import PlanError
+from c2al.state import read_state, write_state
+
+PLAN_VERSION = 1
 
 DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 COLUMN_SPLIT = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
@@ -43,14 +45,16 @@ class Placement:
     sharding: str
     ranks: tuple[int, ...]
 
+    def column_blocks(self, local_size: int) -> int:
+        """How many blocks the columns are split into."""
+        if self.sharding in COLUMN_SPLIT:
+            return len(self.ranks)
+        return len(self.ranks) // local_size if self.sharding == GRID else 1
+
     def extents(self, rows: int, dim: int, local_size: int) -> list["Extent"]:
         """Where every block of a rows x dim table lies. Row blocks are ceil(rows / n) long, the last
         ones shorter or empty, as TorchRec wants them."""
-        columns = 1
-        if self.sharding in COLUMN_SPLIT:
-            columns = len(self.ranks)
-        elif self.sharding == GRID:
-            columns = len(self.ranks) // local_size
+        columns = self.column_blocks(local_size)
         per_column = len(self.ranks) // columns
         width, height = dim // columns, -(-rows // max(per_column, 1))
         extents = []
@@ -96,16 +100,25 @@ Plan = Mapping[str, Placement]
 """Table name -> placement."""
 
 
+def plan_arithmetic(plan: Plan, local_size: int) -> dict[str, int]:
+    """Table -> number of column blocks: all of a plan that changes what a training run computes.
+
+    Row-wise Adagrad keeps one moment per row and column block. Which rank holds a block, and how the
+    rows are split, changes nothing but the order of sums.
+    """
+    return {table: placement.column_blocks(local_size) for table, placement in plan.items()}
+
+
+@dataclass(frozen=True)
+class _PlanFile:
+    tables: dict[str, Placement]
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Writes the plan file that `dist.plan` names."""
+    write_state(path, _PlanFile(dict(plan)), format="plan", version=PLAN_VERSION)
+
+
 def read_plan(path: Path) -> Plan:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            str(name): Placement(str(entry["sharding"]), tuple(int(r) for r in entry["ranks"]))
-            for name, entry in tree["tables"].items()
-        }
-    except OSError as e:
-        raise PlanError(f"{path}: cannot be read: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise PlanError(
-            f'{path}: not a plan file, which is {{"tables": {{NAME: {{"sharding": TYPE, "ranks": [...]}}}}}}: {e!r}'
-        ) from e
+    """Raises PlanError, naming the file and the field, when it is no plan file."""
+    return read_state(path, _PlanFile, format="plan", version=PLAN_VERSION, error=PlanError).tables

@@ -4,7 +4,7 @@ The planner chooses a plan or a plan file gives it; both take the same path from
 initial weights are a function of (seed, table, row), never of the plan or of the number of ranks.
 """
 
-import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,26 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim import RowWiseAdagrad
 
 from c2al.config import Config, DistConfig
-from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, read_plan
+from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, read_plan, write_plan
 from c2al.distributed.planner import Sharder, choose_plan, kernel_of
 from c2al.distributed.process import World
 from c2al.distributed.tables import collections_of, initialise, plan_of, sharded_configs, tables_of
 from c2al.errors import PlanError
-from c2al.files import write_atomically
+from c2al.text import table as text_table
 
 
-def shard_model(model: nn.Module, config: Config, world: World) -> DistributedModelParallel:
+def shard_model(
+    model: nn.Module, config: Config, world: World, *, plan_again: bool = False
+) -> DistributedModelParallel:
     """Distributes a model that was built identically on every rank.
 
     Tables are placed by `config.dist` (planner or plan file), trained by the row-wise Adagrad fused
     into their backward, and initialised from `config.seed`; what the unsharded module held in its
     tables is not kept, so build it on the meta device. Everything else stays as built and is
     replicated (DDP).
+
+    `plan_again`: a plan file that does not suit this world is replaced by the planner's, and a line
+    on stderr says so. It is for readers of a trained model, whose predictions no placement changes.
 
     Raises PlanError, with one message on every rank, when no plan fits, a plan file does not suit
     the model and the ranks, a table is weighted, or a quantized communication is asked for that
@@ -52,8 +57,17 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
     tables = tables_of(model)
 
     def choose() -> Plan:
-        plan = read_plan(Path(config.dist.plan)) if config.dist.plan else choose_plan(model, config, world)
-        _validate(plan, tables, config, world)
+        if config.dist.plan:
+            try:
+                plan = read_plan(Path(config.dist.plan))
+                _validate(plan, config.dist.plan, tables, config, world)
+                return plan
+            except PlanError as e:
+                if not plan_again:
+                    raise
+                print(f"dist.plan does not fit {world.size} ranks, planning again: {e}", file=sys.stderr)
+        plan = choose_plan(model, config, world)
+        _validate(plan, "the planner", tables, config, world)
         return plan
 
     plan = world.once(choose)
@@ -81,13 +95,14 @@ def shard_model(model: nn.Module, config: Config, world: World) -> DistributedMo
 
 def save_plan(dmp: DistributedModelParallel, path: Path) -> None:
     """Writes the plan as JSON that `dist.plan` accepts."""
-    tables = {name: {"sharding": p.sharding, "ranks": list(p.ranks)} for name, p in plan_of(dmp).items()}
-    write_atomically(path, json.dumps({"tables": tables}, indent=1) + "\n")
+    write_plan(plan_of(dmp), path)
 
 
 def plan_table(dmp: DistributedModelParallel) -> str:
-    """The plan as text: a line a table (type, kernel, blocks, ranks, bytes of weights and moments) and the
-    bytes of each rank."""
+    """The plan as text: one line per table, then the bytes of each rank.
+
+    A table's line has its type, kernel, ranks, and the bytes of its weights and moments on all ranks.
+    """
     sizes = {t.name: (t.num_embeddings, t.embedding_dim) for t in sharded_configs(dmp)}
     plan, size, local_size = plan_of(dmp), torch.distributed.get_world_size(), get_local_size()
     load = [0] * size
@@ -105,15 +120,12 @@ def plan_table(dmp: DistributedModelParallel) -> str:
         kernel = "dense" if chosen.sharding == DATA_PARALLEL else "fused"
         ranks = "all" if chosen.sharding == DATA_PARALLEL else ",".join(map(str, chosen.ranks))
         lines.append((name, f"{rows} x {dim}", chosen.sharding, kernel, ranks, f"{total:,}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += [f"rank {rank}: {stored:,} bytes" for rank, stored in enumerate(load)]
-    return "\n".join(text)
+    loads = [f"rank {rank}: {stored:,} bytes" for rank, stored in enumerate(load)]
+    return "\n".join([text_table(lines, left=5), *loads])
 
 
-def _validate(plan: Plan, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: World) -> None:
-    """Raises PlanError naming every table that the plan does not suit."""
-    source = config.dist.plan or "the planner"
+def _validate(plan: Plan, source: str, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: World) -> None:
+    """Raises PlanError, with `source` in front, naming every table that the plan does not suit."""
     problems = [f"table '{name}' is in the plan, not in the model" for name in plan.keys() - tables.keys()]
     problems += [f"table '{name}' is in the model, not in the plan" for name in tables.keys() - plan.keys()]
     for name in tables.keys() & plan.keys():

@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from c2al.config import Config, save_config
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer, load_unsharded
+from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
 from c2al.files import write_atomically
@@ -63,10 +63,9 @@ def export(
     if output.exists():
         raise ConfigError(f"{output}: exists; give another --output")
     run = open_run(run_path)
-    path = checkpoint or Checkpointer(run.checkpoints, run.config.train.checkpoint, world).latest()
-    if path is None:
-        raise CheckpointError(f"{run.checkpoints}: holds no checkpoint")
-    state = {name.removeprefix(TASK_PREFIX): value for name, value in load_unsharded(path).items()}
+    newest = CheckpointReader(run.checkpoints, world).with_newest
+    path, loaded = (checkpoint, load_unsharded(checkpoint)) if checkpoint else newest(lambda p: (p, load_unsharded(p)))
+    state = {name.removeprefix(TASK_PREFIX): value for name, value in loaded.items()}
     training = _load(run.config, len(run.cohorts), state, path)
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
     serving = Serving(_load(run.config, 0, served, path)).eval()

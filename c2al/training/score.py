@@ -14,18 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from tqdm import tqdm
 
-from c2al.config import Config, replace
+from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
 from c2al.data.scores_folder import write_marker
 from c2al.data.source import File, open_dataset
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
 from c2al.distributed.sharding import shard_model
-from c2al.errors import CheckpointError, ConfigError, DataError, OutputError, PlanError
+from c2al.errors import ConfigError, DataError, OutputError
 from c2al.files import LOCK, output_errors
 from c2al.training.model import TrainTask, primary_prediction
 from c2al.training.run_folder import Run, config_differences, open_run, sole_writer
@@ -155,12 +154,13 @@ class _Scoring:
     def write(self, folder: Path, checkpoint: Path | None) -> int:
         """Writes this rank's part and returns the number of rows over all ranks."""
         world = self.world
-        model = _sharded(self.run, world).eval()
-        checkpoints = Checkpointer(self.run.checkpoints, self.run.config.train.checkpoint, world)
-        path = checkpoint or checkpoints.latest()
-        if path is None:
-            raise CheckpointError(f"{self.run.checkpoints}: holds no checkpoint")
-        checkpoints.load(path, model, None)
+        task = TrainTask(self.run.config, world.size, self.run.names)
+        model = shard_model(task, self.run.config, world, plan_again=True).eval()
+        checkpoints = CheckpointReader(self.run.checkpoints, world)
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, model)
+        else:
+            checkpoints.with_newest(lambda path: checkpoints.load(path, model))
 
         rows, writer = 0, None
         part = folder / f"part-{world.rank:05d}.parquet"
@@ -207,17 +207,3 @@ class _Scoring:
                     return f"{file.where(group)}, row {row}"
                 row -= rows
         raise AssertionError("a row beyond the data set")
-
-
-def _sharded(run: Run, world: World) -> DistributedModelParallel:
-    """The model of a run. A plan made for other ranks is replaced: it places weights and changes no score."""
-    config = run.config
-    try:
-        return shard_model(TrainTask(config, world.size, run.names), config, world)
-    except PlanError as e:
-        if not config.dist.plan:
-            raise
-        if world.rank == 0:
-            tqdm.write(f"{e}; planned anew for {world.size} rank(s)")
-    again = replace(config, **{"dist.plan": ""})
-    return shard_model(TrainTask(again, world.size, run.names), again, world)

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 from torchrec.distributed.train_pipeline import GradientAccumulationConfig, GradientAccumulationWrapper
 from tqdm import tqdm
 
 from c2al.config import Config
 from c2al.data.batch import Batch
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
-from c2al.errors import C2ALError, CheckpointError, TrainingError
+from c2al.errors import CheckpointError, TrainingError
 from c2al.nn.objective import targets
 from c2al.training.batches import training_batches, training_reader, validation_batches
 from c2al.training.diagnostics import YRecorder
@@ -102,17 +102,20 @@ class Trainer:
             self.model,
             GradientAccumulationConfig(num_steps=self.config.train.accumulate),
         )
-        self.checkpoints = Checkpointer(run.checkpoints, self.config.train.checkpoint, world)
+        self.saved = CheckpointReader(run.checkpoints, world)
+        self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
         self.step = 0
         """Steps done."""
         self.ne: float | None = None
         """NE of the last evaluation."""
         self.metrics = self._new_metrics()
-        if (newest := self.checkpoints.latest()) is not None:
+        if (newest := self.saved.latest()) is not None:
             self._resume(newest)
 
         self.loss_T = torch.zeros(len(self.metrics.tasks), dtype=torch.float64, device=world.device)
         """Sum of the steps' task losses since the last log line."""
+        self.step_loss_T = self.loss_T
+        """Task losses of the last step."""
         self._logged = self.step
         self._stopping = False
         self.log = world.together(lambda: MetricsLog(run.path, self.step) if world.rank == 0 else None)
@@ -129,7 +132,7 @@ class Trainer:
             )
             return self.ne
         batches = self._batches()
-        with self._ending_writes(), Interrupt() as interrupt, self._progress_bar() as bar, self._profiler() as profiler:
+        with self.checkpoints, Interrupt() as interrupt, self._progress_bar() as bar, self._profiler() as profiler:
             while self.step < self.total:
                 self.advance(batches)
                 bar.update()
@@ -137,16 +140,15 @@ class Trainer:
                 self._check(interrupt)
                 if self._due(train.log_every):
                     self._log_training(bar)
-                if self._due(train.y_every):
-                    self._record_y()
-                # Saved first: an evaluation that fails, or is killed, costs no trained weights.
+                # Saved before the validation split is read: a failure there costs no trained weights.
                 if saved := self._due(train.checkpoint.every_steps):
                     self._save()
+                if self._due(train.y_every):
+                    self._record_y()
                 if self._due(train.eval_every):
                     self._evaluate()
                     if saved:
                         self._save(self.ne)
-        self.checkpoints.wait()
         if self.log is not None:
             self.log.close()
         return self.ne
@@ -171,6 +173,7 @@ class Trainer:
         self.objective.at_step(step - 1, self.total)
         # The last step of all is an optimizer step whatever is accumulated.
         task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
+        self.step_loss_T = task_T
         self.loss_T += task_T
         self._update(self.metrics, logit_BT, batch)
         self.step = step
@@ -182,8 +185,8 @@ class Trainer:
         log line depends on them. The signal is the host's own and is looked at without the device.
         """
         train = self.config.train
-        saving = self._due(train.checkpoint.every_steps)
-        due = saving or any(self._due(every) for every in (train.log_every, train.eval_every, train.y_every))
+        intervals = (train.log_every, train.eval_every, train.y_every, train.checkpoint.every_steps)
+        due = any(self._due(every) for every in intervals)
         if self.world.size == 1:
             self._stopping = interrupt.received
         elif due or self.step % INTERRUPT_STEPS == 0:
@@ -192,31 +195,23 @@ class Trainer:
         # Half-summed gradients are not saved.
         stop = self._stopping and self.step % train.accumulate == 0 and self.step < self.total
         if due or stop:
-            self._refuse_nonfinite(weights=saving or stop)
+            self._refuse_nonfinite()
         if stop:
             self._save()
             self.checkpoints.wait()
             raise TrainingError(f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on")
 
-    def _refuse_nonfinite(self, weights: bool) -> None:
-        """Raises TrainingError on every rank when a loss since the last log line or, if asked, a weight is
-        not finite on any."""
-        sound = [self.loss_T.isfinite().all(), _finite(self.model) if weights else True]
-        loss, weight = self.world.all_sum(torch.tensor([not s for s in sound], dtype=torch.float64)).tolist()
-        if not loss and not weight:
-            return
-        self.checkpoints.wait()
-        kept = self.checkpoints.latest()
-        raise TrainingError(
-            f"{self.run.path}: "
-            + (
-                f"the loss is not finite at a step from {self._logged + 1} to {self.step} (on {loss:.0f} of "
-                if loss
-                else f"a weight is not finite after step {self.step} (on {weight:.0f} of "
+    def _refuse_nonfinite(self) -> None:
+        """Raises TrainingError on every rank when a loss since the last log line is not finite on any."""
+        bad = self.world.all_sum(torch.tensor(float(not self.loss_T.isfinite().all()))).item()
+        if bad:
+            self.checkpoints.wait()
+            kept = self.saved.latest()
+            raise TrainingError(
+                f"{self.run.path}: the loss is not finite at a step from {self._logged + 1} to {self.step} (on "
+                f"{bad:.0f} of {self.world.size} ranks); "
+                + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")
             )
-            + f"{self.world.size} ranks); "
-            + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")
-        )
 
     def _log_training(self, bar: Any) -> None:
         window, lifetime = self._merged(self.metrics.window), self._merged(self.metrics.lifetime)
@@ -284,11 +279,13 @@ class Trainer:
         with self.clock.section("checkpoint"):
             # Rank 0's `extra` is the one that is kept, so it holds the totals of all ranks.
             extra = _Extra(step=self.step, ne=self.ne, lifetime=self._merged(self.metrics.lifetime).saved())
-            self.checkpoints.save(self.step, self.model, self.optimizer, dataclasses.asdict(extra), ne)
+            self.checkpoints.save(
+                self.step, self.model, self.optimizer, dataclasses.asdict(extra), loss=self.step_loss_T, ne=ne
+            )
 
     def _resume(self, path: Path) -> None:
         """Goes on from a checkpoint: weights, optimizer, position and the totals of the metrics."""
-        extra = self.checkpoints.load(path, self.model, self.optimizer)
+        extra = self.saved.load(path, self.model, self.optimizer, same_arithmetic=True)
         try:
             problems: list[str] = []
             saved = build(_Extra, extra, "", problems)
@@ -304,16 +301,6 @@ class Trainer:
                 f"{path}: ended between two optimizer steps, since train.max_steps was no multiple of "
                 f"train.accumulate = {self.config.train.accumulate}; it cannot go on to step {self.total}"
             )
-
-    @contextlib.contextmanager
-    def _ending_writes(self) -> Iterator[None]:
-        """Lets a checkpoint that is being written in the background be finished when training fails."""
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(C2ALError):
-                self.checkpoints.wait()
-            raise
 
     def _say(self, text: str) -> None:
         if self.world.rank == 0:
@@ -363,12 +350,6 @@ class _Extra:
     def problems(self) -> Problems:
         if self.step < 0:
             yield "step", f"must not be negative, is {self.step}"
-
-
-def _finite(model: nn.Module) -> Tensor:
-    """Whether all weights of this rank are finite, as a scalar on their device; makes no copy of them."""
-    extremes = [x for p in model.parameters() if p.numel() for x in p.detach().aminmax()]
-    return torch.stack([x.float().isfinite() for x in extremes]).all()
 
 
 def _table(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def launch(ranks: int, folder: Path) -> list[dict]:
     paths = {}
     for name, plan in plans.items():
         paths[name] = folder / f"{name}.json"
-        paths[name].write_text(json.dumps({"tables": plan}))
+        paths[name].write_text(json.dumps({"format": "plan", "version": 1, "tables": plan}))
     return run_ranks(train, ranks, paths, local_size=local_size)
 
 

@@ -1,17 +1,22 @@
 """A sharded model and its optimizer as a mapping from key to the blocks that this rank writes or wants."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from c2al.distributed.checkpoint.blocks import Piece
 from c2al.distributed.optim import Optimizer
+from c2al.distributed.placement import plan_arithmetic
 from c2al.distributed.process import World
-from c2al.distributed.tables import Table, local_tables
+from c2al.distributed.tables import Table, local_tables, plan_of
 from c2al.errors import CheckpointError
+
+_PART = 2**24
+"""Values whose finiteness is checked at once."""
 
 
 def model_key(name: str) -> str:
@@ -27,21 +32,81 @@ def _dense_tensors(dmp: DistributedModelParallel, tables: list[Table]) -> dict[s
     return {name: value for name, value in dmp.module.state_dict().items() if name not in names}
 
 
-def signature_of(dmp: DistributedModelParallel) -> dict[str, list[int]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def signature_of(dmp: DistributedModelParallel) -> Shapes:
+    """Shape of every parameter and buffer by name, of a table the shape before sharding."""
     tables = local_tables(dmp)
-    shapes = {t.name: [t.rows, t.dim] for t in tables}
-    return shapes | {name: list(value.shape) for name, value in _dense_tensors(dmp, tables).items()}
+    shapes: Shapes = {t.name: (t.rows, t.dim) for t in tables}
+    return shapes | {name: tuple(value.shape) for name, value in _dense_tensors(dmp, tables).items()}
 
 
-def compare(path: Path, saved: dict[str, list[int]], model: dict[str, list[int]]) -> None:
+def column_blocks_of(dmp: DistributedModelParallel) -> dict[str, int]:
+    """Table -> number of column blocks with row-wise Adagrad moments of their own."""
+    return plan_arithmetic(plan_of(dmp), get_local_size())
+
+
+def compare(path: Path, saved: Shapes, model: Shapes) -> None:
+    """Raises CheckpointError naming every parameter whose shape differs, with both shapes."""
+
+    def shown(shapes: Shapes, name: str) -> str:
+        return str(list(shapes[name])) if name in shapes else "none"
+
     problems = [
-        f"{path}: parameter '{name}' has shape {saved.get(name, 'none')} in the checkpoint, "
-        f"{model.get(name, 'none')} in the model"
+        f"{path}: parameter '{name}' has shape {shown(saved, name)} in the checkpoint, "
+        f"{shown(model, name)} in the model"
         for name in sorted(saved.keys() | model.keys())
         if saved.get(name) != model.get(name)
     ]
     if problems:
         raise CheckpointError("\n".join(["checkpoint of another model", *problems]))
+
+
+def compare_arithmetic(path: Path, saved: dict[str, int], plan: dict[str, int]) -> None:
+    """Raises CheckpointError naming every table that the checkpoint split into another number of column blocks.
+
+    Row-wise Adagrad keeps one moment per row and column block, so the run would go on with other
+    updates than it began with.
+    """
+    problems = [
+        f"{path}: table '{table}' was trained in {saved.get(table)} column blocks, and dist.* now splits it into {n}"
+        for table, n in sorted(plan.items())
+        if saved.get(table) != n
+    ]
+    if problems:
+        raise CheckpointError(
+            "\n".join(
+                [
+                    *problems,
+                    "row-wise Adagrad would go on differently; set dist.plan to the plan.json of the run, "
+                    "or dist.sharding and dist.tables so that the tables have as many column blocks as before",
+                ]
+            )
+        )
+
+
+def staged(state: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+    """A copy of the state in host memory, which training cannot change any more."""
+    return {
+        key: [Piece(p.tensor.detach().to("cpu", copy=True), p.offset, p.size) for p in pieces]
+        for key, pieces in state.items()
+    }
+
+
+def not_finite(state: dict[str, list[Piece]]) -> list[str]:
+    """Keys of the tensors that hold a value that is not finite."""
+    return [
+        key
+        for key, pieces in state.items()
+        if any(not _finite(p.tensor.detach()) for p in pieces if p.tensor.is_floating_point())
+    ]
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    # In parts, since isfinite makes a tensor of truth values a quarter as large as its operand.
+    flat = tensor.reshape(-1)
+    return all(bool(flat[i : i + _PART].isfinite().all()) for i in range(0, len(flat), _PART))
 
 
 def saved_state(dmp: DistributedModelParallel, optimizer: Optimizer, world: World) -> dict[str, list[Piece]]:
@@ -72,9 +137,12 @@ def saved_state(dmp: DistributedModelParallel, optimizer: Optimizer, world: Worl
 
 
 def wanted_state(
-    dmp: DistributedModelParallel, optimizer: Optimizer | None, saved: dict[str, Any]
+    dmp: DistributedModelParallel, optimizer: Optimizer | None, saved: Iterable[str]
 ) -> tuple[dict[str, list[Piece]], list[Callable[[], None]]]:
-    """What this rank reads, straight into live tensors, and what remains to be done after reading."""
+    """What this rank reads, straight into live tensors, and what remains to be done after reading.
+
+    `saved` are the keys of the checkpoint.
+    """
     tables = local_tables(dmp)
     state: dict[str, list[Piece]] = {}
     finish: list[Callable[[], None]] = []
@@ -90,9 +158,10 @@ def wanted_state(
             moment_R = block.moment_R if block.moment_R is not None else optimizer.replicated_moments[table.name]
             parts = []
             for key in saved:
-                if not key.startswith(_moment_prefix(table)):
+                columns = re.fullmatch(re.escape(_moment_prefix(table)) + r"(\d+)-(\d+)", key)
+                if not columns:
                     continue
-                first, last = map(int, key.removeprefix(_moment_prefix(table)).split("-"))
+                first, last = map(int, columns.groups())
                 shared = min(last, block.column + width) - max(first, block.column)
                 if shared > 0:
                     if (key, block.row) not in read:
