@@ -162,7 +162,7 @@ def test_a_schedule_of_lambda_ties_a_run_to_its_length(config, world, tmp_path, 
         train(c2al, tmp_path / schedule, world, pair)
         longer = replace(c2al, **{"train.max_steps": 6})
         if refused:
-            with pytest.raises(ConfigError, match="holds a run with train.max_steps = 4, not 6"):
+            with pytest.raises(ConfigError, match=r"holds a run with train\.max_steps = 4, not 6"):
                 train(longer, tmp_path / schedule, world, pair)
         else:
             train(longer, tmp_path / schedule, world, pair)
