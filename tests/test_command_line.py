@@ -1,5 +1,6 @@
 """What `c2al` says and returns, as a user meets it."""
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,33 @@ def test_help_shows_the_settings_that_the_reference_shows(capsys):
 def test_a_missing_config_is_said_in_one_line(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "none.toml"), "--output", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"c2al train: {tmp_path / 'none.toml'}: no such file\n"
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data]\nlabel = 3", "Z\\udcc3\\udcbcrich.toml: data.label: expected str"),
+        ("[data]\nsparse = [{column = 'ä.ö'}]", "'\\xe4.\\xf6' has a dot"),
+        (
+            "[data]\ntrain = ['東京']\nsparse = [{column = 'a', num_embeddings = 2}]\n[dist]\ndevice = 'cpu'",
+            "\\u6771\\u4eac",
+        ),
+    ],
+    ids=["path of the config", "name", "path in the config"],
+)
+def test_a_name_that_the_terminal_lacks_is_printed_with_escapes(tmp_path, text, message):
+    (tmp_path / "Zürich.toml").write_text(text, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "c2al", "train", "--config", "Zürich.toml", "--output", "o"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, **ASCII},
+    )
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

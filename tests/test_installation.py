@@ -39,7 +39,7 @@ def test_kernels_compile_where_the_package_is_read_only(tmp_path, home):
         text=True,
         env=env,
         cwd=tmp_path,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     where, _, cache = done.stdout.strip().partition(" ")

@@ -7,6 +7,7 @@ Writes a folder:
     proof.json       rows compared with the training model, and the artifact's parameters
 """
 
+import io
 import itertools
 import json
 import shutil
@@ -25,7 +26,7 @@ from c2al.data.parquet import BatchReader
 from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
-from c2al.files import write_atomically
+from c2al.files import output_errors, write_atomically
 from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
 from c2al.training.run_folder import open_run
 
@@ -83,7 +84,8 @@ def export(
     )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with output_errors(output):
+        partial.mkdir(parents=True)
     try:
         batches = iter(reader)
         first = next(batches)
@@ -93,7 +95,9 @@ def export(
             _arguments(first),
             dynamic_shapes=({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows}),
         )
-        torch.export.save(program, partial / "model.pt2")
+        artifact = io.BytesIO()  # writing to a disk that is full, torch would abort the process
+        torch.export.save(program, artifact)
+        write_atomically(partial / "model.pt2", artifact.getvalue())
         proof = _prove(partial / "model.pt2", training, itertools.chain([first], batches), path)
         write_atomically(partial / "proof.json", json.dumps(proof, indent=2) + "\n")
         write_atomically(partial / "statistics.json", run.statistics.to_json())
