@@ -27,12 +27,15 @@ def hint(word: str, known: Iterable[str]) -> str:
 def build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as a `kind`; where it is none, appends lines to `problems` and returns None.
 
-    `kind` is a dataclass, bool, int, float, str, a Literal, a union, tuple[X, ...], tuple[X, Y] or
-    dict[str, X]. An integer must fit int64, a float must be finite, a string must be valid Unicode.
+    `kind` is a dataclass, bool, int, float, str, a Literal, a union, tuple[X, ...], tuple[X, Y],
+    dict[str, X], or Any, which takes every value as it is. An integer must fit int64, a float must be
+    finite, a string must be valid Unicode.
     A key that the dataclass does not know is a problem. A dataclass may have a method `problems`,
     which yields (field, message) for values that do not go together.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type, kind), value, path, problems)
     if origin is types.UnionType:

@@ -71,15 +71,13 @@ class ExperimentConfig:
 
     seeds: tuple[int, ...] = (0,)
     """Each seed trains a baseline and a C2AL model with the same data order and initialisation."""
-    lambda_head: float = 0.2
-    """train.lambda_head of the C2AL runs; that of the config itself must be 0 in an experiment."""
-    lambda_tail: float = 0.2
-    """The same for the tail cohort."""
+    auxiliary_lambda: float = 0.2
+    """train.auxiliary_lambda of the C2AL runs; that of the config itself must be 0 in an experiment."""
     discover_on: Literal["validation", "train"] = "validation"
     """Split whose baseline scores cohorts are discovered on."""
 
     def problems(self) -> Problems:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             yield "seeds", f"must be distinct and not empty, is {list(self.seeds)}"
-        if self.lambda_head < 0 or self.lambda_tail < 0 or self.lambda_head + self.lambda_tail == 0:
-            yield "lambda_head", "and lambda_tail must not be negative, nor both 0"
+        if self.auxiliary_lambda <= 0:
+            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"

@@ -86,7 +86,7 @@ def _redacted(value: Any) -> Any:
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with dotted fields changed, e.g. ``replace(c, **{"train.lambda_head": 0.1})``. Validated again."""
+    """A copy with dotted fields changed, e.g. ``replace(c, **{"train.auxiliary_lambda": 0.1})``. Validated again."""
     tree = tomllib.loads(dump_config(config))
     problems: list[str] = []
     for path, value in changes.items():

@@ -110,7 +110,9 @@ def _sections(kind: type, path: str, repeated: bool) -> Iterator[Section]:
         if inner is not None:
             nested.append((inner, full, many))
             continue
-        default = None if field.default is dataclasses.MISSING else _default(field.default)
+        made = {} if field.default_factory is dataclasses.MISSING else field.default_factory()
+        required = field.default is field.default_factory is dataclasses.MISSING
+        default = None if required else _default(made if field.default is dataclasses.MISSING else field.default)
         settings.append(Setting(full, words(hints[field.name]), default, texts[field.name]))
     yield Section(path, repeated, " ".join((kind.__doc__ or "").split()), tuple(settings))
     for inner, full, many in nested:

@@ -21,6 +21,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     open_run(args.run)  # says what is missing where this is no run's folder
     config = load_config(args.run / "config.toml", overrides)
     with process_group(config.dist) as world:
-        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config.axes)
+        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config)
         if world.rank == 0:
             print(f"{rows:,} rows scored into {args.output}")

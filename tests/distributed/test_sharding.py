@@ -14,8 +14,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.distributed.optim import make_optimizer
+from c2al.distributed.placement import Placement
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import Placement, local_tables, plan_of, plan_table, save_plan, shard_model
+from c2al.distributed.sharding import plan_table, save_plan, shard_model
+from c2al.distributed.tables import local_tables, plan_of
 from c2al.errors import PlanError
 from ranks import run_ranks
 
@@ -24,7 +26,8 @@ MODEL_PARALLEL = ["table_wise", "row_wise", "column_wise", "table_row_wise", "ta
 
 def plan_file(path: Path, **tables: tuple[str, list[int]]) -> str:
     everything = {name: ("table_wise", [0]) for name in toy.ROWS} | tables
-    path.write_text(json.dumps({"tables": {n: {"sharding": s, "ranks": r} for n, (s, r) in everything.items()}}))
+    tables = {n: {"sharding": s, "ranks": r} for n, (s, r) in everything.items()}
+    path.write_text(json.dumps({"format": "plan", "version": 1, "tables": tables}))
     return str(path)
 
 
@@ -82,7 +85,7 @@ def test_what_cannot_be_is_refused_alike_on_every_rank(tmp_path):
     assert f"{tmp_path}/a.json: table 'item': ranks [2] are not all in [0, 2)" in ranks
     assert f"{tmp_path}/a.json: table 'user': row_wise takes the ranks [0, 1], has [0]" in ranks
     assert unknown == f"{tmp_path}/b.json: table 'shop' is in the plan, not in the model"
-    assert absent == f"{tmp_path}/absent.json: cannot be read: No such file or directory"
+    assert absent == f"{tmp_path}/absent.json: no such file"
     assert bf16 == "the planner: bf16 communication would silently become fp16 on CPU; ask for fp16 or fp32"
     assert "table 'user': int8 communication does not work with row_wise on CPU" in int8
     assert grid == f"{tmp_path}/c.json: table 'tags': grid_shard would silently pool by sum instead of mean"
@@ -109,11 +112,27 @@ def test_a_wrong_plan_file_names_the_table_and_the_reason(tmp_path, placement, p
     assert str(e.value).startswith(f"{path}: table 'item': {problem}")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tables": {"user": {"ranks": [0]}}}', '{"tables": {"user": 3}}'])
-def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
+PLAN = '{"format": "plan", "version": 1, "tables": %s}'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not strict JSON"),
+        ("[]", "not a plan file"),
+        ('{"tables": {}}', "format None, version None; this c2al reads 'plan', version 1"),
+        (PLAN % '{"user": {"ranks": [0]}}', "damaged: tables.user.sharding: missing"),
+        (PLAN % '{"user": 3}', "damaged: tables.user: expected a section, got int 3"),
+        (
+            PLAN % '{"user": {"sharding": "table_wise", "ranks": ["0"]}}',
+            r"damaged: tables.user.ranks\[0\]: expected int",
+        ),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, problem):
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match="not a plan file"):
+    with pytest.raises(PlanError, match=f"{path}: {problem}"):
         shard(dist__plan=str(path))
 
 
