@@ -38,7 +38,7 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
-        # Last, so that whatever is above is initialised alike with and without auxiliary heads.
+        # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
         self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, auxiliary, model.auxiliary_hidden)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
@@ -56,7 +56,7 @@ class OverArch(nn.Module):
 class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
-    `auxiliary` adds the head-cohort and tail-cohort heads of C2AL (T = 3); without it T = 1.
+    `auxiliary` adds the auxiliary prediction heads of head and tail cohort (T = 3); without it T = 1.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
     """
 
