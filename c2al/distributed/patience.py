@@ -7,11 +7,13 @@ error that a rank meets alone is left in the store, too, so that the others can 
 
 import contextlib
 import json
+import math
 import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -19,6 +21,12 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from c2al import errors
 from c2al.errors import C2ALError, TrainingError
 
+T = TypeVar("T")
+
+MAIN = "main"
+"""Name of the rounds of the main threads."""
+LEAVE_SECONDS = 30.0
+"""How long a rank with an error waits for ranks that still work, before it leaves without them."""
 _FAILED = "failed"
 _POLL_SECONDS = (0.002, 0.25)
 """Shortest and longest pause between two looks at the store."""
@@ -41,6 +49,13 @@ def described(rank: int, name: str, message: str) -> C2ALError:
     return TrainingError(f"rank {rank}: {name}: {message}")
 
 
+def _tried(work: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
+    try:
+        return work(), None
+    except Exception as e:
+        return None, e
+
+
 class Board:
     """The keys that ranks leave for each other in the store of the default process group.
 
@@ -54,23 +69,32 @@ class Board:
         dist.broadcast_object_list(prefix, src=0, group=group)
         self._store = PrefixStore(f"c2al/{prefix[0]}", _get_default_store())
 
-    @contextlib.contextmanager
-    def round(self, name: str) -> Iterator[None]:
-        """Runs the block on every rank and returns when it has ended on all, however long that takes.
+    def round(self, work: Callable[[], T], name: str = MAIN) -> tuple[T, None] | tuple[None, Exception]:
+        """Result or error of `work` on this rank, once it has ended on every rank, however long that takes.
 
-        `name` tells apart rounds that run at the same time in different threads. Raises TrainingError
-        when a rank that has not ended shows no sign of life for the timeout, and the error of a rank
-        that has left.
+        `name` tells apart rounds that run at the same time in different threads.
+        Raises TrainingError when a rank that has not ended shows no sign of life for the timeout, and
+        the error of a rank that has left. In the main round, an error of `work` is raised when the
+        others have not ended some seconds later: a user should not wait for hours to see it.
         """
         if self._size == 1:
-            yield
-            return
+            return _tried(work)
         self._rounds[name] += 1
         key = f"{name}/{self._rounds[name]}"
         with self._heartbeat(f"{key}/beat/{self._rank}"):
-            yield
+            result, error = _tried(work)
         self._store.set(f"{key}/done/{self._rank}", "")
-        self._wait(key)
+        ended = self._wait(key, LEAVE_SECONDS if error is not None and name == MAIN else math.inf)
+        if error is None:
+            return cast(T, result), None
+        if not ended:
+            raise error
+        return None, error
+
+    def raise_if_another_left(self) -> None:
+        """Raises the error of a rank that has left because of it. Not collective and cheap: for long loops."""
+        if (error := self.error_of_another(seconds=0)) is not None:
+            raise error
 
     @contextlib.contextmanager
     def _heartbeat(self, key: str) -> Iterator[None]:
@@ -93,18 +117,22 @@ class Board:
             ended.set()
             thread.join()
 
-    def _wait(self, key: str) -> None:
-        """Waits until every rank is done. It polls, since a blocking wait would keep the store from other threads."""
-        pause, longest = _POLL_SECONDS
+    def _wait(self, key: str, longest: float) -> bool:
+        """Waits until every rank is done; False when that takes longer than `longest` seconds.
+
+        It polls, since a blocking wait would keep the store from other threads.
+        """
+        pause, begin = _POLL_SECONDS[0], time.monotonic()
         pending = [r for r in range(self._size) if r != self._rank]
         last, since = dict.fromkeys(pending, b""), dict.fromkeys(pending, time.monotonic())
         while True:
             pending = [r for r in pending if not self._store.check([f"{key}/done/{r}"])]
             if not pending:
-                return
-            if (error := self.error_of_another(seconds=0)) is not None:
-                raise error
+                return True
+            self.raise_if_another_left()
             now = time.monotonic()
+            if now - begin > longest:
+                return False
             for rank in pending:
                 beat = self._read(f"{key}/beat/{rank}")
                 if beat != last[rank]:
@@ -115,7 +143,7 @@ class Board:
                         "(dist.timeout_seconds)"
                     )
             time.sleep(pause)
-            pause = min(2 * pause, longest)
+            pause = min(2 * pause, _POLL_SECONDS[1])
 
     def _read(self, key: str) -> bytes:
         return bytes(self._store.get(key)) if self._store.check([key]) else b""

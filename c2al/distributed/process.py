@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from c2al.config import DistConfig
-from c2al.distributed.patience import Board, describe, described
+from c2al.distributed.patience import MAIN, Board, describe, described
 from c2al.errors import BackendError, ConfigError, OutputError, TrainingError
 
 T = TypeVar("T")
@@ -58,16 +58,12 @@ class World:
         """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any.
 
         `function` may take any time: the other ranks wait for as long as this one shows that it is
-        alive. An OSError becomes an OutputError, so that every rank leaves with the same exit code.
+        alive. One that takes minutes should call `board.raise_if_another_left` now and then.
+        An OSError becomes an OutputError, so that every rank leaves with the same exit code.
         """
-        error: BaseException | None = None
-        with self.board.round(group.group_name if group else "control"):
-            try:
-                result = function()
-            except Exception as e:
-                error = e
+        result, error = self.board.round(function, group.group_name if group else MAIN)
         self.agree(error, group)
-        return result
+        return cast(T, result)
 
     def once(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it.

@@ -8,7 +8,7 @@ from c2al.config import Config
 from c2al.data.cohorts import CohortSpec
 from c2al.data.identity import FileIdentity, differences
 from c2al.data.schema import check_columns
-from c2al.data.source import open_dataset
+from c2al.data.source import File, open_dataset
 from c2al.errors import DataError
 from c2al.state import read_state, write_state
 
@@ -51,10 +51,14 @@ def check_inputs(config: Config, cohorts: Sequence[CohortSpec] = ()) -> None:
     axes = [axis.column for axis in config.axes]
     always = [config.data.row_id, config.data.user_id, config.data.time, *axes]
     conditions = [column for spec in cohorts for column in spec.columns]
+    everything: list[File] = []
     for split in SPLITS:
         if paths := getattr(config.data, split):
             carried = always if split == "test" else [*always, *conditions]
             try:
-                check_columns(open_dataset(paths), config.data, tuple(dict.fromkeys(c for c in carried if c)))
+                files = open_dataset(paths)
+                check_columns(files, config.data, tuple(dict.fromkeys(c for c in carried if c)))
             except DataError as e:
                 raise DataError(f"data.{split}: {e}") from e
+            everything += files
+    check_columns(everything, config.data)  # one kind of every column in all splits

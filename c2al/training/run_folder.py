@@ -28,8 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 from c2al.config import Config, load_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
 from c2al.data.identity import FileIdentity, identify
-from c2al.data.schema import Statistics, fit_statistics
 from c2al.data.source import open_dataset
+from c2al.data.statistics import Statistics, fit_statistics
 from c2al.distributed.process import World
 from c2al.errors import ConfigError, StateError
 from c2al.files import only_writer, output_errors, write_atomically
@@ -206,10 +206,10 @@ def _without_secrets(value: Any) -> Any:
 
 def _read_statistics(path: Path) -> Statistics:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise StateError(f"{path}: cannot be read: {e}") from e
-    return Statistics.from_json(text, str(path))
+        content = path.read_bytes()
+    except OSError as e:
+        raise StateError(f"{path}: cannot be read: {e.strerror}") from e
+    return Statistics.from_json(content, str(path))
 
 
 def _sha256(content: bytes) -> str:

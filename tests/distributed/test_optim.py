@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.config import OptimizerConfig
@@ -195,3 +196,39 @@ def test_gradients_add_up_until_the_step():
         for both, one, other in zip(gradients([0, 1]), gradients([0]), gradients([1]), strict=True):
             torch.testing.assert_close(both, one + other)
             assert both.abs().sum() > 0
+
+
+class Waits(TorchDispatchMode):
+    """Records the operations for which a host waits for its device: those whose result is a size or a number."""
+
+    def __init__(self, on_host: list[torch.Tensor]):
+        super().__init__()
+        self._on_host = {t.data_ptr() for t in on_host}
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in {"index", "index_put_"} and any(t is not None and t.dtype is torch.bool for t in args[1])
+        number = name in {"_local_scalar_dense", "is_nonzero", "equal"} and args[0].data_ptr() not in self._on_host
+        if masked or number or name in {"nonzero", "masked_select", "unique2", "_unique2"}:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_a_step_of_the_optimizer_does_not_wait_for_the_device(kind):
+    config = toy.config(dist__sharding=[kind], train__optimizer={"clip_norm": 0.1})
+    with process_group(config.dist) as world:
+        dmp = shard_model(toy.Toy(), config, world)
+        optimizer = make_optimizer(dmp, config.train.optimizer, 10)
+        toy.train_step(dmp, optimizer, 0, 0, 1)
+        dense_BF, sparse, label_B = toy.batch(1, 0, 1)
+        dmp(dense_BF, sparse).sub(label_B).square().sum().backward()
+        # Adam counts its steps on the host.
+        counts = [t for name, t in optimizer.dense_state().items() if name.endswith(".step")]
+        with Waits(counts) as waits:
+            optimizer.step()
+        assert waits.seen == []
+        with Waits(counts) as waits:
+            local_tables(dmp)[0].blocks[0].weight_RD.nonzero()
+        assert waits.seen == ["nonzero"]  # it would be seen

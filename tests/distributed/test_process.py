@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from c2al.config import DistConfig
+from c2al.distributed import patience
 from c2al.distributed.process import process_group
 from c2al.errors import BackendError, C2ALError, CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from ranks import run_ranks
@@ -169,10 +170,15 @@ def lost_in_a_long_job(port: int, how: str) -> tuple[str, str, int, float]:
                 time.sleep(1)
                 if how == "killed":
                     os._exit(9)
+                if how == "other killed":  # the one that does not hold the store
+                    time.sleep(0.5)
+                    return
                 raise OSError(28, "No space left on device", "/full/statistics.json")
 
             if rank == 0 and how == "alone":
                 raise DataError("part-3.parquet: column 'age' has a null")
+            if rank == 1 and how == "other killed":
+                world.together(lambda: os._exit(9))
             world.once(work)
     except C2ALError as e:
         if rank == 0:
@@ -187,6 +193,12 @@ def test_a_rank_that_dies_in_a_long_job_is_noticed():
     assert "rank 1" not in str(e.value)  # it left in time, with an error of ours
 
 
+def test_a_rank_whose_heart_stops_is_noticed_after_the_timeout():
+    with pytest.raises(AssertionError, match=r"rank 1: no report, exit code 9") as e:
+        run_ranks(lost_in_a_long_job, 2, free_port(), "other killed", timeout=30)
+    assert "rank 0" not in str(e.value)
+
+
 def test_an_os_error_of_one_rank_is_an_output_error_of_all():
     first, second = run_ranks(lost_in_a_long_job, 2, free_port(), "full")
     assert first[:3] == ("OutputError", "/full/statistics.json: No space left on device", OutputError.exit_code)
@@ -198,6 +210,35 @@ def test_an_error_that_one_rank_meets_alone_is_the_error_of_those_that_wait():
     assert first[:3] == ("DataError", "part-3.parquet: column 'age' has a null", DataError.exit_code)
     assert second[:3] == ("DataError", f"rank 0: {first[1]}", DataError.exit_code)
     assert second[3] < 30
+
+
+def error_beside_long_work(port: int) -> tuple[str, float]:
+    """Rank 1 fails at once, while rank 0 has work for a minute."""
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    patience.LEAVE_SECONDS = 1.0
+    start = time.monotonic()
+
+    def work() -> None:
+        if rank == 1:
+            raise DataError("part-3.parquet: column 'age' has a null")
+        for _ in range(600):
+            time.sleep(0.1)
+            world.board.raise_if_another_left()
+
+    try:
+        with process_group(DistConfig(device="cpu", timeout_seconds=60)) as world:
+            world.together(work)
+    except DataError as e:
+        return str(e), time.monotonic() - start
+    return "nothing", 0.0
+
+
+def test_an_error_of_one_rank_does_not_wait_for_the_long_work_of_another():
+    (first, waited), (second, _) = run_ranks(error_beside_long_work, 2, free_port())
+    assert first == f"rank 1: {second}"
+    assert second == "part-3.parquet: column 'age' has a null"
+    assert waited < 30
 
 
 def alone_in_a_step(port: int) -> tuple[str, str]:

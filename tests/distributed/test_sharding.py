@@ -1,5 +1,7 @@
 """Plans: chosen, read, refused, printed; and the stack's silent traps that concern sharding."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.distributed.optim import make_optimizer
-from c2al.distributed.placement import Placement
+from c2al.distributed.placement import Placement, plan_arithmetic
 from c2al.distributed.process import process_group
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.distributed.tables import local_tables, plan_of
@@ -141,6 +143,43 @@ def test_a_saved_plan_is_read_back(tmp_path):
     save_plan(dmp, tmp_path / "plan.json")
     assert plan_of(shard(dist__plan=str(tmp_path / "plan.json"))) == plan_of(dmp)
     assert plan_of(dmp)["user"] == Placement("column_wise", (0, 0))
+
+
+def test_the_arithmetic_of_a_plan_is_its_column_blocks():
+    plan = {
+        "a": Placement("table_wise", (1,)),
+        "b": Placement("row_wise", (0, 1, 2, 3)),
+        "c": Placement("column_wise", (0, 1, 0)),
+        "d": Placement("grid_shard", (0, 1, 2, 3)),
+        "e": Placement("data_parallel", ()),
+    }
+    assert plan_arithmetic(plan, local_size=2) == {"a": 1, "b": 1, "c": 3, "d": 2, "e": 1}
+
+
+def planned_again(path: str, plan_again: bool) -> tuple[str, dict, str]:
+    """Message of the refusal, the plan, and what was said on stderr."""
+    config = toy.config(dist__plan=path)
+    with process_group(config.dist) as world, contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            dmp = shard_model(toy.Toy(), config, world, plan_again=plan_again)
+            return "", plan_of(dmp), said.getvalue()
+        except PlanError as e:
+            return str(e), {}, ""
+
+
+def test_a_plan_for_other_ranks_is_planned_again_for_readers_and_said(tmp_path):
+    """A run planned for two ranks can be scored on one."""
+    path = plan_file(tmp_path / "plan.json", user=("row_wise", [0, 1]))
+    refused, none, _ = planned_again(path, False)
+    assert none == {}
+    assert f"{path}: table 'user': ranks [0, 1] are not all in [0, 1)" in refused
+    _, plan, said = planned_again(path, True)
+    assert {p.ranks for p in plan.values()} == {(0,)}
+    assert said.startswith(f"dist.plan does not fit 1 ranks, planning again: {path}: table 'user'")
+    # A plan that fits is followed without a word.
+    first, second = run_ranks(planned_again, 2, path, True)
+    assert first[1]["user"] == second[1]["user"] == Placement("row_wise", (0, 1))
+    assert first[2] == second[2] == ""
 
 
 def printed(plan: str) -> str:

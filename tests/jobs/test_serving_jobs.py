@@ -13,8 +13,8 @@ import torch
 from c2al.__main__ import main
 from c2al.config import load_config, replace, save_config
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import Statistics
 from c2al.data.scores_folder import check_marker
+from c2al.data.statistics import Statistics
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import ConfigError, DataError, OutputError
 from c2al.files import only_writer

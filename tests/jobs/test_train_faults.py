@@ -129,7 +129,7 @@ def test_statistics_belong_to_the_training_data(world, tmp_path):
     start_run(tmp_path / "run", config, None, world)
     (tmp_path / "run" / "config.toml").unlink()  # died before its folder was whole
     write_impressions(tmp_path / "train", 4096, 0, age=np.random.default_rng(0).normal(90, 1, 4096))
-    mean, _ = start_run(tmp_path / "run", config, None, world).statistics.moments["age"]
+    mean = start_run(tmp_path / "run", config, None, world).statistics.moments["age"].mean
     assert 89 < mean < 91
     statistics = tmp_path / "run" / "statistics.json"
     statistics.write_text(statistics.read_text().replace("feed", "food"))

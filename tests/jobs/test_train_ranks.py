@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from c2al.config import DataConfig, DistConfig, replace, save_config
-from c2al.data.schema import fit_statistics
 from c2al.data.scores_folder import check_marker
 from c2al.data.source import File
+from c2al.data.statistics import fit_statistics
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.distributed.process import process_group
 from impressions import splits, write_impressions

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from c2al.data.encode import gather, offsets_of
+from c2al.data.rows import gather, offsets_of
 from c2al.data.synthetic.base import (
     CHUNK_ROWS,
     Floats,
