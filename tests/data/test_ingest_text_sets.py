@@ -203,8 +203,24 @@ def test_avazu_malformed(tmp_path, line, message):
 def test_avazu_missing_column(tmp_path):
     write_avazu(tmp_path / "train.csv", [avazu_line(0, 14102100)])
     (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text().replace("device_ip", "ip", 1))
-    with pytest.raises(DataError, match=r"train\.csv: no column .*device_ip"):
+    with pytest.raises(DataError, match=r"train\.csv: no column 'device_ip'; needed are click, hour"):
         avazu.ingest(tmp_path, tmp_path / "out")
+
+
+def test_a_partial_set_that_leaves_a_split_empty_is_refused(tmp_path):
+    """One day of Avazu has no validation day; ratings of one second cannot be cut; six lines have no seventh."""
+    write_avazu(tmp_path / "train.csv", [avazu_line(i, 14102100) for i in range(5)])
+    movies = write_movielens(tmp_path / "ml", 6)
+    (movies / "ratings.dat").write_text("".join(f"{i % 3 + 1}::1::4::978300000\n" for i in range(9)))
+    write_criteo(tmp_path / "train.txt", 0, 6)
+    for ingest, source, empty in (
+        (avazu.ingest, tmp_path / "train.csv", "validation and test"),
+        (movielens.ingest, movies, "train and validation"),
+        (criteo.ingest, tmp_path / "train.txt", "validation and test"),
+    ):
+        with pytest.raises(DataError, match=f"{source}: leaves the split {empty} without a row"):
+            ingest(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_command(tmp_path, capsys):

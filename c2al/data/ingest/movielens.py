@@ -64,7 +64,7 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
         writer = SplitWriter(folder)
         for split, begin, end in zip(SHARES, [0, *ends[:-1]], ends, strict=True):
             writer.write(split, table.slice(begin, end - begin))
-        return writer.close()
+        return writer.close_full(source)
 
 
 def _read(path: Path, types: dict[str, pa.DataType]) -> pd.DataFrame:

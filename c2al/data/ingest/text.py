@@ -1,5 +1,6 @@
 """Delimited text in blocks, where a malformed line is an error that names the line."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read_delimited(
 
     `names` are the columns of a file without a header line; `quoted` allows "..." around a field.
     A path ending in .gz is decompressed. `content` stands for the file's bytes where they had to
-    be rewritten, line by line. Memory is a block.
+    be rewritten, line by line. Memory is one block.
 
     Raises DataError naming file, line (counted from 1) and value: a line with another number of
     fields, a value not of its type, a required one that is empty; or naming the file and the missing header column.
@@ -68,7 +69,9 @@ def read_delimited(
             yield pa.table({c: _typed(table[c], kind, c, path, first_line) for c, kind in types.items()})
             first_line += batch.num_rows
     except KeyError as e:
-        raise DataError(f"{path}: no column {e}") from e
+        # pyarrow names the first column that the header lacks, in quotes, among words of its own.
+        name = re.search(r"'(.*?)'", str(e))
+        raise DataError(f"{path}: no column {name[0] if name else e}; needed are {', '.join(types)}") from e
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{path}, {bad_lines[0]}" if bad_lines else f"{path}: cannot be read: {e}") from e
 
