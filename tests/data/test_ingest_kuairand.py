@@ -209,9 +209,9 @@ def test_the_archive_as_it_unpacks_is_found(tmp_path):
     assert sum(kuairand.ingest(tmp_path / "KuaiRand-Pure", tmp_path / "out").values()) == 9
 
 
-def test_a_split_that_gets_no_row_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"in: leaves the split validation and test without a row \(rows: train 5, "):
-        kuairand.ingest(write_csv(tmp_path / "in", window=WINDOW[:5]), tmp_path / "out")
+def test_a_set_without_training_days_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"in: leaves the split train without a row \(rows: train 0, validation 2, "):
+        kuairand.ingest(write_csv(tmp_path / "in", window=WINDOW[5:]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

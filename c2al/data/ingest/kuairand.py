@@ -90,7 +90,7 @@ def ingest(source: Path, output: Path, label: str = "is_click") -> dict[str, int
         writer = SplitWriter(folder)
         for split, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
             writer.write(split, table.slice(begin, end - begin))
-        return writer.close_full(source)
+        return writer.close_published(source)
 
 
 def _exposure(log: pd.DataFrame) -> dict[str, pa.Array]:
