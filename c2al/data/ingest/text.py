@@ -35,9 +35,8 @@ def read_delimited(
     bad_lines: list[str] = []
 
     def refuse(row: csv.InvalidRow) -> str:
-        bad_lines.append(
-            f"line {row.number}: {row.actual_columns} fields, expected {row.expected_columns}: {row.text!r}"
-        )
+        counts = f"{row.actual_columns} fields, expected {row.expected_columns}"
+        bad_lines.append(f"line {row.number}: {counts}: {row.text!r}")
         return "error"
 
     first_line = 1 if names else 2
@@ -68,8 +67,7 @@ def read_delimited(
                     raise DataError(f"{path}, line {first_line + at}: column '{column}' is empty")
             yield pa.table({c: _typed(table[c], kind, c, path, first_line) for c, kind in types.items()})
             first_line += batch.num_rows
-    except KeyError as e:
-        # pyarrow names the first column that the header lacks, in quotes, among words of its own.
+    except KeyError as e:  # pyarrow names the column that the header lacks in quotes, among its own words.
         name = re.search(r"'(.*?)'", str(e))
         raise DataError(f"{path}: no column {name[0] if name else e}; needed are {', '.join(types)}") from e
     except (pa.ArrowException, OSError) as e:
