@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from c2al.config import Axis, DataConfig
-from c2al.data.arrow_types import is_text
+from c2al.data.arrow_types import decoded, is_text
 from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
 from c2al.data.hashing import hash64
 from c2al.data.source import File, open_dataset
@@ -78,7 +78,7 @@ def open_scores(path: str, data: DataConfig) -> Scores:
     scores = Scores(path=path, files=open_dataset([path]), row_id=data.row_id, user_id=data.user_id)
     kinds: dict[str, Callable[[pa.DataType], bool]] = {
         scores.row_id: pa.types.is_integer,
-        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_text(kind),
+        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_text(decoded(kind)),
         **dict.fromkeys(("label", "weight", "prediction"), pa.types.is_floating),
     }
     for file in scores.files:

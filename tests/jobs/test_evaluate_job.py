@@ -163,7 +163,8 @@ def cohorts_json(path: Path, chosen: bool = True) -> Path:
     cohorts = [{"name": v, "conditions": [{"column": "tab", "equals": v}]} for v in ("a", "b", "never")]
     pair = {"head": {"axis": "surface", **cohorts[0]}, "tail": {"axis": "surface", **cohorts[1]}}
     tree = {
-        "version": 1,
+        "format": "c2al.cohorts",
+        "version": 2,
         "chosen": {**(pair if chosen else {"head": None, "tail": None}), "reason": "test"},
         "axes": [{"name": "surface", "columns": ["tab"], "cohorts": cohorts}],
     }
