@@ -108,7 +108,7 @@ def measure(name: str, folder: str) -> dict[str, float]:
 
 
 def work(name: str, paths: tuple[str], fitted: Statistics) -> Iterator[object]:
-    encoder = Encoder(DATA, fitted, None, ())
+    encoder = Encoder(DATA, fitted, (), ())
     if name in ("reader", "unshuffled"):
         yield from BatchReader(paths, DATA, fitted, **reader_options(shuffle=name == "reader"))
         return

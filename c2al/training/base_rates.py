@@ -12,8 +12,8 @@ from pathlib import Path
 from c2al.config import Config
 from c2al.data.cohorts import CohortSpec
 from c2al.data.encode import Encoder
-from c2al.data.statistics import Statistics
 from c2al.data.source import File, open_dataset
+from c2al.data.statistics import Statistics
 from c2al.distributed.process import World
 from c2al.errors import CohortError
 from c2al.nn.objective import Target

@@ -78,7 +78,7 @@ def encode(column, feature, vocabularies=None, cut=slice(None)):
     statistics = Statistics(moments={}, vocabularies=vocabularies or {})
     table = pa.table({"label": pa.array([0] * len(column), pa.int8()), feature.column: column})
     start, stop, _ = cut.indices(len(column))
-    rows = Encoder(data, statistics, None, ()).encode(table.slice(start, stop - start), "f.parquet, row group 0")
+    rows = Encoder(data, statistics, (), ()).encode(table.slice(start, stop - start), "f.parquet, row group 0")
     (jagged,) = rows.sparse
     ends = np.cumsum(jagged.lengths())
     return [bag.tolist() for bag in np.split(jagged.values_V, ends[:-1])]
@@ -184,7 +184,7 @@ def dense(values, feature, moments=None):
     data = DataConfig(dense=(feature,))
     statistics = Statistics(moments={c: Moments(*m) for c, m in (moments or {}).items()}, vocabularies={})
     table = pa.table({"label": [0] * len(values), feature.column: values})
-    return Encoder(data, statistics, None, ()).encode(table, "f.parquet, row group 3").dense_NF[:, 0].tolist()
+    return Encoder(data, statistics, (), ()).encode(table, "f.parquet, row group 3").dense_NF[:, 0].tolist()
 
 
 def test_dense_transforms_in_order():
@@ -241,7 +241,7 @@ def test_nan_lies_in_no_bucket():
 )
 def test_labels_other_than_0_and_1(column, message):
     data = DataConfig(dense=(DenseFeature(column="x", transforms=()),))
-    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), None, ())
+    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), (), ())
     with pytest.raises(DataError, match=message):
         encoder.encode(pa.table({"label": column, "x": [1] * len(column)}), "f")
 
@@ -249,7 +249,7 @@ def test_labels_other_than_0_and_1(column, message):
 @pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf, None])
 def test_weights_that_are_not_positive(value):
     data = DataConfig(dense=(DenseFeature(column="x", transforms=()),), weight="w")
-    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), None, ())
+    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), (), ())
     shown = {None: "null"}.get(value, str(value))
     with pytest.raises(DataError, match=f"row 1: column 'w' is {shown}"):
         encoder.encode(pa.table({"label": [0, 1], "x": [1, 1], "w": [2.0, value]}), "f")
@@ -401,7 +401,7 @@ def test_features_of_one_column_share_its_hash():
         sparse=tuple(SparseFeature(column="s", name=f"s{n}", num_embeddings=n) for n in (7, 1000)),
     )
     table = pa.table({"label": pa.array([0] * 4, pa.int8()), "s": column})
-    rows = Encoder(data, Statistics(moments={}, vocabularies={}), None, ()).encode(table, "f")
+    rows = Encoder(data, Statistics(moments={}, vocabularies={}), (), ()).encode(table, "f")
     for jagged, n in zip(rows.sparse, (7, 1000), strict=True):
         assert jagged.values_V.tolist() == [string_hash(v) % n for v in ("a", "b", "a")]
         assert jagged.lengths().tolist() == [1, 0, 1, 1]
