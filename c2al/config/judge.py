@@ -21,6 +21,8 @@ class DiscoverConfig:
     confidence: float = 0.95
     """Family-wise confidence of the lower bounds."""
     correction: Literal["holm", "bonferroni"] = "bonferroni"
+    """Correction of the bounds for the number of pairs. bonferroni: all bounds hold together. holm: step-down, which
+    finds more pairs above 0, but its bounds are tests only."""
     max_cohorts: int = 4096
     """Cohorts one axis may have."""
     prediction: str = "prediction"
@@ -32,7 +34,7 @@ class DiscoverConfig:
     cut_tolerance: float = 0.05
     """How far the share of rows between two percentile cuts may be from the one asked for (ties)."""
     threads: int = 1
-    """Worker threads a rank."""
+    """Worker threads per rank."""
     checkpoint_seconds: float = 60.0
     """Seconds between saves of the accumulators; a killed scan goes on from the last one."""
 
@@ -54,7 +56,7 @@ class EvaluateConfig:
     replicates: int = 1000
     """Bootstrap replicates over users."""
     confidence: float = 0.95
-    """Two-sided, of every interval."""
+    """Two-sided confidence of every interval."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:
@@ -69,14 +71,13 @@ class ExperimentConfig:
 
     seeds: tuple[int, ...] = (0,)
     """Each seed trains a baseline and a C2AL model with the same data order and initialisation."""
-    lambda_head: float = 0.2
-    """Of the C2AL runs; train.lambda_head must be 0 in an experiment."""
-    lambda_tail: float = 0.2
+    auxiliary_lambda: float = 0.2
+    """train.auxiliary_lambda of the C2AL runs; that of the config itself must be 0 in an experiment."""
     discover_on: Literal["validation", "train"] = "validation"
     """Split whose baseline scores cohorts are discovered on."""
 
     def problems(self) -> Problems:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             yield "seeds", f"must be distinct and not empty, is {list(self.seeds)}"
-        if self.lambda_head < 0 or self.lambda_tail < 0 or self.lambda_head + self.lambda_tail == 0:
-            yield "lambda_head", "and lambda_tail must not be negative, nor both 0"
+        if self.auxiliary_lambda <= 0:
+            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"

@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ VERSION = 1
 """Of cohorts.json; a file of another version is refused."""
 
 Category = bool | int | str
+
+LABEL = re.compile(r"[A-Za-z0-9_-]+")
+"""Of a chosen cohort: a key of configurations and metrics."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,8 @@ class CohortSpec:
     name: str
     """Unique within its axis; for people. The conditions are what counts."""
     conditions: tuple[Condition, ...]
+    label: str = ""
+    """Its name among the chosen cohorts, e.g. "head"; empty: not chosen."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -149,21 +155,21 @@ class AxisCohorts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cohorts:
-    """What `discover` found: the cohorts of every axis, and head and tail if a pair was chosen."""
+    """What `discover` found: the cohorts of every axis, and those chosen for auxiliary tasks."""
 
-    head: CohortSpec | None
-    """The cohort of the chosen pair with more rows."""
-    tail: CohortSpec | None
+    named: tuple[CohortSpec, ...]
+    """The chosen cohorts, each with its label. The paper's pair: head, the one with more rows, and tail.
+    Empty when none could be chosen."""
     reason: str
-    """Why this pair, or why none."""
+    """Why these cohorts, or why none."""
     axes: tuple[AxisCohorts, ...]
     version: int = VERSION
 
-    def chosen(self) -> tuple[CohortSpec, CohortSpec]:
-        """(head, tail). Raises CohortError with the reason when nothing was chosen."""
-        if self.head is None or self.tail is None:
-            raise CohortError(f"no head and tail cohort was chosen: {self.reason}")
-        return self.head, self.tail
+    def chosen(self) -> tuple[CohortSpec, ...]:
+        """The chosen cohorts, at least one. Raises CohortError with the reason when there is none."""
+        if not self.named:
+            raise CohortError(f"no cohorts were chosen: {self.reason}")
+        return self.named
 
 
 def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
@@ -178,11 +184,40 @@ def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
         found = tree.get("version") if isinstance(tree, dict) else None
         raise CohortError(f"{source}: version is {found!r}, this c2al reads version {VERSION}")
     try:
-        chosen, axes = tree["chosen"], tree["axes"]
-        head, tail = (None if chosen[k] is None else CohortSpec.from_json(chosen[k], source) for k in ("head", "tail"))
-        return Cohorts(head=head, tail=tail, reason=chosen["reason"], axes=tuple(_axis(a, source) for a in axes))
+        chosen, axes = tree["chosen"], tuple(_axis(a, source) for a in tree["axes"])
+        return Cohorts(named=_named(chosen, axes, source), reason=chosen["reason"], axes=axes)
     except (KeyError, TypeError) as e:
         raise CohortError(f"{source}: not a cohorts.json of version {VERSION}: {e!r}") from e
+
+
+RESERVED_LABELS = ("primary", "all", "overall")
+"""Names that metrics and results give to something else."""
+
+
+def _named(tree: dict[str, Any], axes: Sequence[AxisCohorts], source: str) -> tuple[CohortSpec, ...]:
+    """The chosen cohorts: {"cohorts": [{"name": label, "axis": ..., "conditions": ...}, ...]}, or
+    {"head": ..., "tail": ...}."""
+    if "cohorts" in tree:
+        labelled = [(c["name"], c) for c in tree["cohorts"]]
+    else:
+        labelled = [(label, tree[label]) for label in ("head", "tail") if tree[label] is not None]
+    known = {(a.name, frozenset(c.conditions)): c.name for a in axes for c in a.cohorts}
+    named = []
+    for label, cohort in labelled:
+        spec = CohortSpec.from_json(cohort, source)
+        # A label says what the cohort is for. On its axis it has a name of its own.
+        name = known.get((spec.axis, frozenset(spec.conditions)), spec.name)
+        named.append(dataclasses.replace(spec, name=name, label=label))
+    labels = [spec.label for spec in named]
+    for label in labels:
+        if label in RESERVED_LABELS or not LABEL.fullmatch(label):
+            raise CohortError(
+                f"{source}: chosen cohort '{label}': a name has letters, digits, '_' and '-', and is none of "
+                f"{', '.join(RESERVED_LABELS)}"
+            )
+        if labels.count(label) > 1:
+            raise CohortError(f"{source}: two chosen cohorts are named '{label}'")
+    return tuple(named)
 
 
 def _axis(tree: dict[str, Any], source: str) -> AxisCohorts:

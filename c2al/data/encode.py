@@ -80,7 +80,7 @@ class Rows:
     """One per sparse feature, in config order."""
     label_N: Floats
     weight_N: Floats
-    member_N2: Floats
+    member_NC: Floats
     carried: pa.Table | None
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Rows:
             tuple(j.slice(start, stop) for j in self.sparse),
             self.label_N[start:stop],
             self.weight_N[start:stop],
-            self.member_N2[start:stop],
+            self.member_NC[start:stop],
             None if self.carried is None else self.carried.slice(start, stop - start),
         )
 
@@ -102,7 +102,7 @@ class Rows:
             tuple(j.take(index_N) for j in self.sparse),
             self.label_N[index_N],
             self.weight_N[index_N],
-            self.member_N2[index_N],
+            self.member_NC[index_N],
             None if self.carried is None else self.carried.take(pa.array(index_N)),
         )
 
@@ -117,7 +117,7 @@ class Rows:
             tuple(Jagged.concat(js) for js in zip(*(p.sparse for p in parts), strict=True)),
             np.concatenate([p.label_N for p in parts]),
             np.concatenate([p.weight_N for p in parts]),
-            np.concatenate([p.member_N2 for p in parts]),
+            np.concatenate([p.member_NC for p in parts]),
             pa.concat_tables(tables) if tables else None,
         )
 
@@ -133,7 +133,7 @@ class Encoder:
         self,
         data: DataConfig,
         statistics: Statistics,
-        cohorts: "tuple[CohortSpec, CohortSpec] | None",
+        cohorts: "Sequence[CohortSpec] | None",
         carry: Sequence[str],
     ):
         self._data = data
@@ -151,7 +151,7 @@ class Encoder:
                 if f.key not in statistics.vocabularies:
                     raise DataError(f"statistics: no vocabulary of sparse feature '{f.key}'; fit them with this config")
                 self._vocabularies[f.key] = pa.array(statistics.vocabularies[f.key])
-        self._cohorts = cohorts
+        self._cohorts = tuple(cohorts or ())
         self._carry = list(carry)
         plain = {data.label, data.weight, *self.carried_columns} - {""}
         self.columns = sorted(plain | {f.column for f in data.dense} | {f.column for f in data.sparse})
@@ -160,7 +160,7 @@ class Encoder:
     @property
     def carried_columns(self) -> tuple[str, ...]:
         """Columns needed as they are, besides the features: carried or read by a cohort's conditions."""
-        conditions = [c for spec in self._cohorts or () for c in spec.columns]
+        conditions = [c for spec in self._cohorts for c in spec.columns]
         return tuple(dict.fromkeys((*self._carry, *conditions)))
 
     def encode(self, table: pa.Table, where: str) -> Rows:
@@ -185,9 +185,9 @@ class Encoder:
                 "too large for float32",
                 where,
             )
-        member_N2 = np.zeros((rows, 2), dtype=np.float32)
-        for i, spec in enumerate(self._cohorts or ()):
-            member_N2[:, i] = spec.membership(table)
+        member_NC = np.zeros((rows, len(self._cohorts)), dtype=np.float32)
+        for i, spec in enumerate(self._cohorts):
+            member_NC[:, i] = spec.membership(table)
         return Rows(
             dense_NF,
             tuple(self._sparse(flat(table[f.column]), f, where) for f in self._data.sparse),
@@ -195,7 +195,7 @@ class Encoder:
             _weight(table[self._data.weight], self._data.weight, where)
             if self._data.weight
             else np.ones(rows, np.float32),
-            member_N2,
+            member_NC,
             table.select(self._carry) if self._carry else None,
         )
 

@@ -45,7 +45,7 @@ class BatchReader:
         shards: logical shards L; a multiple of world_size. With shards = world_size and no
             shuffling the ranks' rows, one rank after another, are the data set in file order.
         start_step: the first step to yield; blocks before it are not decoded.
-        cohorts: (head, tail), to fill Batch.member_B2.
+        cohorts: the chosen ones, to fill Batch.member_BC.
         carry: columns to hand through unchanged in Batch.carried.
 
     Raises ConfigError for sizes that do not divide and DataError for what is wrong with the
@@ -66,7 +66,7 @@ class BatchReader:
         shuffle: bool,
         shards: int,
         start_step: int = 0,
-        cohorts: "tuple[CohortSpec, CohortSpec] | None" = None,
+        cohorts: "Sequence[CohortSpec]" = (),
         carry: tuple[str, ...] = (),
     ):
         if shards % world_size:

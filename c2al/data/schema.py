@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,11 @@ import pyarrow as pa
 from c2al.config import DataConfig, DenseFeature, SparseFeature
 from c2al.data.source import File, open_dataset
 from c2al.errors import DataError
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+Moments = tuple[int, float, float]
+"""(rows, mean, sum of squared deviations from the mean)."""
 
 FORMAT = 1
 """Version of the Statistics file."""
@@ -61,36 +67,81 @@ class Statistics:
         return Statistics(moments=moments, vocabularies=vocabularies)
 
 
-def fit_statistics(paths: Sequence[str], data: DataConfig) -> Statistics:
+class Share(Protocol):
+    """Work shared over ranks, as `World.share` does it: `function` of every item, in order, on every rank."""
+
+    def __call__(self, items: Sequence[Item], function: Callable[[Item], T], /) -> list[T]: ...
+
+
+def alone(items: Sequence[Item], function: Callable[[Item], T], /) -> list[T]:
+    """A Share of one process."""
+    return [function(item) for item in items]
+
+
+def fit_statistics(paths: Sequence[str], data: DataConfig, share: Share = alone, parts: int = 1) -> Statistics:
     """Mean, deviation and vocabularies of the training split, in one streaming pass.
 
-    Moments merge a row group at a time in float64 (Chan, Golub and LeVeque 1979), so neither
-    memory nor accuracy depends on the number of rows. A vocabulary keeps the num_embeddings - 1
-    most frequent values; of equally frequent ones the smaller. Raises DataError as reading does.
+    `share` deals out the row groups in `parts` parts, one per rank. The result is the same, bit for
+    bit, for any number of parts: moments are taken per row group in float64 and merged in the order of
+    the row groups (Chan, Golub and LeVeque 1979), and counts are integers. Neither memory nor accuracy
+    depends on the number of rows.
+
+    A vocabulary keeps the num_embeddings - 1 most frequent values; of equally frequent ones the
+    smaller. Raises DataError as reading does.
     """
     files = open_dataset(paths)
-    dense = [f for f in data.dense if "standardise" in f.transforms]
-    vocabularies = [f for f in data.sparse if f.encoding == "vocabulary"]
-    columns = sorted({f.column for f in dense} | {f.column for f in vocabularies})
     check_columns(files, data)
-    moments = {f.column: (0, 0.0, 0.0) for f in dense}
-    counts = {f.key: _Counts() for f in vocabularies}
-    for file in files if columns else ():
-        for group, rows in enumerate(file.row_group_rows):
-            if not rows:
-                continue
-            table = file.read(group, columns)
-            for feature in dense:
-                x = dense_values(table[feature.column], feature, file.where(group))
-                for transform in feature.transforms[: feature.transforms.index("standardise")]:
-                    x = TRANSFORMS[transform](x)
-                moments[feature.column] = _merge(moments[feature.column], x)
-            for sparse in vocabularies:
-                counts[sparse.key].add(leaves(table[sparse.column]))
+    columns = sorted({f.column for f in _standardised(data)} | {f.column for f in _vocabularies(data)})
+    groups = [(file, i) for file in files for i, rows in enumerate(file.row_group_rows) if rows and columns]
+    scanned = share(range(parts), lambda part: _scan(groups[part::parts], columns, data))
+    moments: dict[str, Moments] = {}
+    for i in range(len(groups)):
+        for column, of_group in scanned[i % parts].moments[i // parts].items():
+            moments[column] = _merge(moments[column], of_group) if column in moments else of_group
+    counts = {f.key: _Counts() for f in _vocabularies(data)}
+    for part in scanned:
+        for key, table in part.counts.items():
+            counts[key].add_table(table)
     return Statistics(
         moments={c: (mean, math.sqrt(m2 / n)) for c, (n, mean, m2) in moments.items()},
-        vocabularies={f.key: counts[f.key].top(f.num_embeddings - 1) for f in vocabularies},
+        vocabularies={f.key: counts[f.key].top(f.num_embeddings - 1) for f in _vocabularies(data)},
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scanned:
+    """What one part of the row groups holds."""
+
+    moments: list[dict[str, Moments]]
+    """Dense column -> moments, for each row group of the part."""
+    counts: dict[str, pa.Table]
+    """Key of a sparse feature -> (value, count) over the part."""
+
+
+def _scan(groups: Sequence[tuple[File, int]], columns: Sequence[str], data: DataConfig) -> _Scanned:
+    """Reads the row groups (file, index), none of them empty."""
+    moments: list[dict[str, Moments]] = []
+    counts = {f.key: _Counts() for f in _vocabularies(data)}
+    for file, group in groups:
+        table = file.read(group, columns)
+        of_group = {}
+        for feature in _standardised(data):
+            x = dense_values(table[feature.column], feature, file.where(group))
+            for transform in feature.transforms[: feature.transforms.index("standardise")]:
+                x = TRANSFORMS[transform](x)
+            of_group[feature.column] = _moments(x)
+        moments.append(of_group)
+        for sparse in _vocabularies(data):
+            counts[sparse.key].add(leaves(table[sparse.column]))
+    return _Scanned(moments, {key: total for key, c in counts.items() if (total := c.total()) is not None})
+
+
+def _standardised(data: DataConfig) -> list[DenseFeature]:
+    return [f for f in data.dense if "standardise" in f.transforms]
+
+
+def _vocabularies(data: DataConfig) -> list[SparseFeature]:
+    return [f for f in data.sparse if f.encoding == "vocabulary"]
 
 
 def log1p(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -207,13 +258,16 @@ def _type_of(file: File, column: str) -> pa.DataType:
     return file.schema.field(index).type
 
 
-def _merge(state: tuple[int, float, float], x: npt.NDArray[np.float64]) -> tuple[int, float, float]:
-    """(count, mean, sum of squared deviations) of the rows seen and the rows of x."""
-    n, mean, m2 = state
-    mean_x = float(x.mean())
-    delta, total = mean_x - mean, n + len(x)
-    m2_x = float(np.square(x - mean_x).sum())
-    return total, mean + delta * len(x) / total, m2 + m2_x + delta * delta * n * len(x) / total
+def _moments(x: npt.NDArray[np.float64]) -> Moments:
+    mean = float(x.mean())
+    return len(x), mean, float(np.square(x - mean).sum())
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the rows of both."""
+    (n, mean, m2), (n_b, mean_b, m2_b) = a, b
+    delta, total = mean_b - mean, n + n_b
+    return total, mean + delta * n_b / total, m2 + m2_b + delta * delta * n * n_b / total
 
 
 class _Counts:
@@ -224,16 +278,25 @@ class _Counts:
 
     def add(self, values: pa.Array) -> None:
         counts = values.value_counts()
-        self._tables.append(pa.table({"value": counts.field("values"), "count": counts.field("counts")}))
-        if sum(t.num_rows for t in self._tables[1:]) > max(VOCABULARY_SLACK, self._tables[0].num_rows):
-            self._tables = [self._total()]
+        self.add_table(pa.table({"value": counts.field("values"), "count": counts.field("counts")}))
 
-    def _total(self) -> pa.Table:
+    def add_table(self, counted: pa.Table) -> None:
+        """Adds the counts of a table of (value, count)."""
+        self._tables.append(counted)
+        if sum(t.num_rows for t in self._tables[1:]) > max(VOCABULARY_SLACK, self._tables[0].num_rows):
+            self._tables = [self._summed()]
+
+    def total(self) -> pa.Table | None:
+        """(value, count), each value once; None where nothing was counted."""
+        return self._summed() if self._tables else None
+
+    def _summed(self) -> pa.Table:
         total = pa.concat_tables(self._tables).group_by("value").aggregate([("count", "sum")])
         return total.rename_columns({"count_sum": "count"})
 
     def top(self, size: int) -> tuple[int | str, ...]:
+        """The `size` most frequent values, ascending; of equally frequent ones the smaller."""
         if not self._tables:
             return ()
-        total = self._total().sort_by([("count", "descending"), ("value", "ascending")])
+        total = self._summed().sort_by([("count", "descending"), ("value", "ascending")])
         return tuple(sorted(total["value"].slice(0, size).to_pylist()))

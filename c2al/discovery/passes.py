@@ -327,7 +327,7 @@ def _load_cuts(path: Path, identity: str) -> dict[str, tuple[float, ...]] | None
     """The cuts an interrupted scan found, if it got so far."""
     if not path.exists():
         return None
-    saved = json.loads(path.read_text())
+    saved = json.loads(path.read_text(encoding="utf-8"))
     _check_identity(path, saved["identity"], identity)
     return {name: tuple(values) for name, values in saved["cuts"].items()}
 

@@ -1,7 +1,7 @@
 """One optimizer over a sharded model.
 
 The tables are trained by row-wise Adagrad, fused into their backward. The rest is trained by Adam or
-AdamW. One schedule sets the learning rates of both.
+AdamW. Both learning rates decay alike; each has its own warm-up.
 
 Row-wise Adagrad, for the gradient g of a row of D columns: m += mean(g^2); w -= lr * g / (sqrt(m) + eps).
 A table that is split by columns keeps one m per row and column block, and the mean is over the columns
@@ -22,16 +22,16 @@ from c2al.config import OptimizerConfig
 from c2al.distributed.tables import local_tables
 
 
-def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Factor on both learning rates at `step`, which counts from 0.
+def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on a learning rate at `step`, which counts from 0.
 
     It rises linearly to 1 in the warm-up, then decays to final_lr_fraction at step total_steps - 1.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if config.decay == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
 
@@ -75,8 +75,12 @@ class Optimizer:
     @property
     def learning_rates(self) -> tuple[float, float]:
         """(tables, dense) of the coming step."""
-        scale = learning_rate_scale(self._config, self.steps, self._total_steps)
-        return self._config.sparse_lr * scale, self._config.dense_lr * scale
+        c = self._config
+        sparse, dense = (
+            learning_rate_scale(c, self.steps, self._total_steps, warmup)
+            for warmup in (c.sparse_warmup_steps, c.warmup_steps)
+        )
+        return c.sparse_lr * sparse, c.dense_lr * dense
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; TorchRec's gradient accumulation passes the flag as torch's optimizers take it."""

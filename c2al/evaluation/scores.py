@@ -110,10 +110,9 @@ class Segments:
         else:
             read = read_cohorts(cohorts)
             found = list(read.axes)
-            for name, spec in (("head", read.head), ("tail", read.tail)):
-                if spec is not None:
-                    self.names.append((COHORT, name, f"{spec.axis} = {spec.name}"))
-                    self._axes.append(AxisCohorts(name=spec.axis, columns=spec.columns, cohorts=(spec,)))
+            for spec in read.named:
+                self.names.append((COHORT, spec.label, f"{spec.axis} = {spec.name}"))
+                self._axes.append(AxisCohorts(name=spec.axis, columns=spec.columns, cohorts=(spec,)))
         self.names += [(axis.name, cohort.name, "") for axis in found for cohort in axis.cohorts]
         self._axes += found
         self.columns = sorted({column for axis in self._axes for column in axis.columns})

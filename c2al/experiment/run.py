@@ -50,7 +50,7 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
 
     for seed in seeds:
         c2al = output / f"seed_{seed}" / "c2al"
-        lambdas = {f"train.{name}": getattr(config.experiment, name) for name in ("lambda_head", "lambda_tail")}
+        lambdas = {"train.auxiliary_lambda": config.experiment.auxiliary_lambda}
         train(replace(config, seed=seed, **lambdas), c2al / "run", world, cohorts)
         _score_once(c2al / "run", config.data.test, c2al / "scores_test", world)
 
@@ -72,7 +72,9 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
 def _check(config: Config) -> None:
     problems = []
     if config.train.auxiliary:
-        problems.append("train.lambda_head, train.lambda_tail: must be 0; experiment.lambda_* are the C2AL runs'")
+        problems.append(
+            "train.auxiliary_lambda, train.lambdas: must be 0; experiment.auxiliary_lambda is the C2AL runs'"
+        )
     for split in ("train", "validation", "test"):
         if not getattr(config.data, split):
             problems.append(f"data.{split}: an experiment needs all three splits")

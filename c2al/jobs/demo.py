@@ -6,7 +6,7 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from c2al.config import load_config
+from c2al.config import load_config, replace
 from c2al.data.synthetic import SynthConfig, synthesise
 from c2al.distributed.process import process_group
 from c2al.experiment.run import experiment
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     data = args.output / "data"
-    splits = [f"--data.{split}=['{data / split}']" for split in ("train", "validation", "test")]
-    config = load_config(str(files("c2al.configs") / "demo.toml"), [*splits, *overrides])
+    config = load_config(str(files("c2al.configs") / "demo.toml"), overrides)
+    config = replace(config, **{f"data.{split}": [str(data / split)] for split in ("train", "validation", "test")})
     with process_group(config.dist) as world:
 
         def make_data() -> None:

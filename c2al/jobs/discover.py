@@ -30,11 +30,11 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         merge(args.merge, config.discover, args.output)
         draw_densities(args.output)
         save_config(config, args.output / "config.toml")
-        print((args.output / "table.txt").read_text(), end="")
+        print((args.output / "table.txt").read_text(encoding="utf-8"), end="")
         return
     with process_group(config.dist) as world:
         discover(args.scores, config.axes, config.discover, args.output, world, config.data, args.cuts)
         if world.rank == 0:
             draw_densities(args.output)
             save_config(config, args.output / "config.toml")
-            print((args.output / "table.txt").read_text(), end="")
+            print((args.output / "table.txt").read_text(encoding="utf-8"), end="")

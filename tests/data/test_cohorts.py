@@ -1,5 +1,6 @@
 """Cohorts against rows picked by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -100,11 +101,47 @@ def written(tmp_path, tree):
 def test_what_is_read_is_what_was_written(tmp_path):
     cohorts = read_cohorts(written(tmp_path, document()))
     head, tail = cohorts.chosen()
-    assert head == spec(Condition(column="tab", equals=1), axis="tab", name="1")
+    assert head == dataclasses.replace(spec(Condition(column="tab", equals=1), axis="tab", name="1"), label="head")
     assert tail.membership(TABLE).tolist() == [False, False, True, False, False, False]
     assert cohorts.axes[0].codes(TABLE).tolist() == [0, -1, 1, -1, 0, -1]
     interval = Condition(column="x", lower=None, upper=0.5)
     assert Condition.from_json(json.loads(json.dumps(interval.to_json())), "f") == interval
+
+
+def test_any_number_of_chosen_cohorts_with_names_of_their_own(tmp_path):
+    tab = document()["axes"][0]["cohorts"]
+    other = {"name": "young", "axis": "age", "conditions": [{"column": "age", "lower": None, "upper": 20}]}
+    chosen = [{"name": label, "axis": "tab", "conditions": c["conditions"]} for label, c in zip("ab", tab, strict=True)]
+    tree = document(chosen={"cohorts": [*chosen, other], "reason": "r"})
+    found = read_cohorts(written(tmp_path, tree)).chosen()
+    assert [(c.label, c.axis, c.name) for c in found] == [
+        ("a", "tab", "1"),
+        ("b", "tab", "null"),
+        ("young", "age", "young"),
+    ]
+    one = read_cohorts(written(tmp_path, document(chosen={"cohorts": [other], "reason": "r"}))).chosen()
+    assert [c.label for c in one] == ["young"]
+    none = document(chosen={"cohorts": [], "reason": "all alike"})
+    with pytest.raises(CohortError, match="all alike"):
+        read_cohorts(written(tmp_path, none)).chosen()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["primary"], "'primary'.*is none of primary, all, overall"),
+        (["all"], "'all'"),
+        (["a.b"], "'a.b'"),
+        ([""], "''"),
+        (["x", "x"], "two chosen cohorts are named 'x'"),
+    ],
+)
+def test_a_name_that_metrics_or_configs_cannot_hold_is_refused(tmp_path, labels, words):
+    conditions = [{"column": "tab", "equals": 1}]
+    chosen = [{"name": label, "axis": "tab", "conditions": conditions} for label in labels]
+    path = written(tmp_path, document(chosen={"cohorts": chosen, "reason": "r"}))
+    with pytest.raises(CohortError, match=words):
+        read_cohorts(path)
 
 
 def test_no_choice_says_why(tmp_path):

@@ -19,9 +19,9 @@ LR, EPS = 0.1, 1e-8
 
 
 def test_schedule_by_hand():
-    def scales(total: int, **fields) -> list[float]:
+    def scales(total: int, warmup_steps: int = 0, **fields) -> list[float]:
         config = OptimizerConfig(**fields)
-        return [learning_rate_scale(config, step, total) for step in range(total)]
+        return [learning_rate_scale(config, step, total, warmup_steps) for step in range(total)]
 
     assert scales(3) == [1, 1, 1]
     assert scales(6, warmup_steps=2, decay="linear") == pytest.approx([0.5, 1, 1, 2 / 3, 1 / 3, 0])
@@ -31,7 +31,7 @@ def test_schedule_by_hand():
     )
     assert scales(2, warmup_steps=4) == [0.25, 0.5]
     # Past the planned end the rate stays at its last value.
-    assert learning_rate_scale(OptimizerConfig(decay="linear", final_lr_fraction=0.1), 99, 10) == pytest.approx(0.1)
+    assert learning_rate_scale(OptimizerConfig(decay="linear", final_lr_fraction=0.1), 99, 10, 0) == pytest.approx(0.1)
 
 
 def row_wise_adagrad(weight_RD, grad_RD, moment_R, decay):
@@ -86,7 +86,13 @@ def test_the_schedule_reaches_the_step_it_is_for(kind):
     """A fused update happens inside backward: with a rate of almost 0 at step 0, step 0 must not move a table."""
     config = toy.config(
         dist__sharding=[kind],
-        train__optimizer={"sparse_lr": 0.1, "dense_lr": 0.1, "warmup_steps": 10**9, "dense": "adam"},
+        train__optimizer={
+            "sparse_lr": 0.1,
+            "dense_lr": 0.1,
+            "warmup_steps": 10**9,
+            "sparse_warmup_steps": 10**9,
+            "dense": "adam",
+        },
     )
     with process_group(config.dist) as world:
         dmp = shard_model(toy.Toy(), config, world)
@@ -100,6 +106,32 @@ def test_the_schedule_reaches_the_step_it_is_for(kind):
         for old, new in zip(over, dmp.module.over.parameters(), strict=True):
             assert (old - new).abs().max() < 1e-7
         assert optimizer.learning_rates == pytest.approx((0.1 * 2e-9, 0.1 * 2e-9))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_warm_up_of_the_dense_part_leaves_the_tables_at_their_full_rate(kind):
+    """Adagrad's sums never forget, so a table must move by what fills them: as without any warm-up."""
+    moved = []
+    for warmup in (10**9, 0):
+        fields = {"sparse_lr": 0.1, "dense_lr": 0.1, "warmup_steps": warmup, "dense": "adam"}
+        config = toy.config(dist__sharding=[kind], train__optimizer=fields)
+        with process_group(config.dist) as world:
+            torch.manual_seed(0)
+            dmp = shard_model(toy.Toy(), config, world)
+            optimizer = make_optimizer(dmp, config.train.optimizer, 10)
+            assert optimizer.learning_rates[0] == 0.1
+            assert optimizer.learning_rates[1] == pytest.approx(0.1 / max(warmup, 1))
+            over = [p.detach().clone() for p in dmp.module.over.parameters()]
+            before = [b.weight_RD.clone() for t in local_tables(dmp) for b in t.blocks]
+            toy.train_step(dmp, optimizer, 0, 0, 1)
+            after = [b.weight_RD.clone() for t in local_tables(dmp) for b in t.blocks]
+            moved.append([new - old for old, new in zip(before, after, strict=True)])
+            if warmup:
+                for old, new in zip(over, dmp.module.over.parameters(), strict=True):
+                    assert (old - new).abs().max() < 1e-7
+    for with_warmup, without in zip(*moved, strict=True):
+        assert without.abs().max() > 1e-3
+        torch.testing.assert_close(with_warmup, without)
 
 
 def test_clipping_bounds_the_dense_gradients_together_and_no_table():

@@ -92,7 +92,7 @@ def train(plans: dict[str, Path]) -> dict:
 def ne_of(dmp, world) -> float | None:
     """NE on the batch after the last one trained on, merged over ranks as the training job does it."""
     dense_BF, sparse, label_B = toy.batch(STEPS, world.rank, world.size)
-    metrics = BinaryMetrics(("primary",), window=1)
+    metrics = BinaryMetrics(("primary",))
     with torch.no_grad():
         metrics.update(dmp(dense_BF, sparse)[:, None], label_B[:, None], torch.ones_like(label_B))
     lifetime = metrics.lifetime
