@@ -37,9 +37,13 @@ class Extent:
 class Placement:
     """Sharding type of one table and the rank of each of its blocks.
 
-    table_wise [r]; column_wise and table_column_wise one rank a column block; row_wise all ranks in
-    order; table_row_wise the ranks of one host; grid_shard the ranks of one host for each column
-    block, one after the other; data_parallel none (every rank holds the whole table).
+    The ranks of each type:
+        table_wise                       the one rank that holds the table
+        column_wise, table_column_wise   one rank per column block
+        row_wise                         all ranks in order
+        table_row_wise                   the ranks of one host
+        grid_shard                       per column block the ranks of one host
+        data_parallel                    none, since every rank holds the whole table
     """
 
     sharding: str
@@ -52,8 +56,10 @@ class Placement:
         return len(self.ranks) // local_size if self.sharding == GRID else 1
 
     def extents(self, rows: int, dim: int, local_size: int) -> list["Extent"]:
-        """Where every block of a rows x dim table lies. Row blocks are ceil(rows / n) long, the last
-        ones shorter or empty, as TorchRec wants them."""
+        """Where every block of a rows x dim table lies.
+
+        As TorchRec wants them, row blocks are ceil(rows / n) long, and the last ones shorter or empty.
+        """
         columns = self.column_blocks(local_size)
         per_column = len(self.ranks) // columns
         width, height = dim // columns, -(-rows // max(per_column, 1))

@@ -22,8 +22,11 @@ GIB = 2**30
 
 
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """Offers every sharding type on CPU too, where the stock list leaves out those that split rows,
-    and no kernel but the fused one (dense for data_parallel)."""
+    """Offers every sharding type on CPU too, and one kernel per type.
+
+    The stock list for CPU leaves out the types that split rows. The kernel is the fused one, and the
+    dense one for data_parallel.
+    """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [DATA_PARALLEL, ShardingType.TABLE_WISE.value, *COLUMN_SPLIT, *ROW_SPLIT]
@@ -33,8 +36,11 @@ class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
 
 
 class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
-    """The stock enumerator walks Python sets of strings, whose order changes from run to run; equally
-    rated plans would then differ between two runs of one config."""
+    """Lists the options in an order that does not depend on the process.
+
+    The stock enumerator walks Python sets of strings, whose order changes from process to process. Two
+    runs of one config would then choose different ones of equally rated plans.
+    """
 
     def enumerate(self, *args: Any, **kwargs: Any) -> list[ShardingOption]:
         options = super().enumerate(*args, **kwargs)

@@ -33,7 +33,7 @@ CLOSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among the ranks, and the few collectives a job needs beside the model's own."""
+    """This rank's place among the ranks, and the collectives that a job needs beside those of the model."""
 
     rank: int
     size: int
@@ -152,7 +152,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
         size = dist.get_world_size()
         local_size = config.local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
         if size % local_size:
-            raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks a host")
+            raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks per host")
         # TorchRec reads the host's size from the environment wherever it splits rows within a host;
         # the plan and the runtime must mean the same number.
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)

@@ -43,8 +43,8 @@ def shard_model(
     """Distributes a model that was built identically on every rank.
 
     Tables are placed by `config.dist` (planner or plan file), trained by the row-wise Adagrad fused
-    into their backward, and initialised from `config.seed`; what the unsharded module held in its
-    tables is not kept, so build it on the meta device. Everything else stays as built and is
+    into their backward, and initialised from `config.seed`. The weights that the unsharded module had
+    in its tables are lost, so build it on the meta device. Everything else stays as built and is
     replicated (DDP).
 
     `plan_again`: a plan file that does not suit this world is replaced by the planner's, and a line

@@ -19,20 +19,21 @@ from c2al.distributed.placement import DATA_PARALLEL, Placement
 from c2al.errors import PlanError
 
 INIT_ROWS = 8192
-"""Rows of a table that are drawn from one generator; part of what a seed means, never to be changed."""
+"""Rows of a table that are drawn from one generator. Another number would draw other weights from a seed."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a table on this rank: rows from `row`, columns from `column`. The tensors are live views."""
+    """Part of a table on this rank, from row `row` and column `column` on. The tensors are live views."""
 
     row: int
     column: int
     weight_RD: torch.Tensor
     moment_R: torch.Tensor | None
-    """Row-wise Adagrad sum of the fused kernel, over this block's columns; None for data_parallel."""
+    """Row-wise Adagrad sums of the fused kernel, one per row, over this block's columns. None for
+    data_parallel, whose sums the `Optimizer` keeps."""
     parameter: torch.Tensor | None
-    """data_parallel: the flat parameter `weight_RD` is a part of, whose gradient DDP averages."""
+    """For data_parallel, the flat parameter that `weight_RD` is a view of; DDP averages its gradient."""
 
     @property
     def grad_RD(self) -> torch.Tensor | None:
@@ -113,6 +114,10 @@ def plan_of(dmp: DistributedModelParallel) -> dict[str, Placement]:
 
 @torch.no_grad()
 def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagConfig], seed: int) -> None:
+    """Draws the weights of every local block: uniform between the bounds of the table's config.
+
+    A weight is a function of (seed, table, row, column), whatever the plan.
+    """
     for table in local_tables(dmp):
         name = table.name.split(".")[-2]
         low, high = tables[name].get_weight_init_min(), tables[name].get_weight_init_max()
@@ -131,6 +136,7 @@ def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagC
 
 
 def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
+    """Path and module of every embedding bag collection before sharding. Raises PlanError for a weighted one."""
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, EmbeddingBagCollection)]
     for path, ebc in found:
         if ebc.is_weighted():
@@ -140,10 +146,12 @@ def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]
 
 
 def tables_of(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
+    """Config of every table by name, before sharding."""
     return {t.name: t for _, ebc in collections_of(model) for t in ebc.embedding_bag_configs()}
 
 
 def sharded_configs(dmp: DistributedModelParallel) -> Sequence[EmbeddingBagConfig]:
+    """Config of every table of a sharded model."""
     return [
         t
         for m in dmp.module.modules()

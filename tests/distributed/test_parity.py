@@ -28,7 +28,7 @@ def grid(ranks: list[int]) -> dict:
     return everywhere("grid_shard", ranks) | {"tags": {"sharding": "column_wise", "ranks": [ranks[0], ranks[-1]]}}
 
 
-# Ranks -> (ranks a host, plans). Tables split by columns have two blocks in every world.
+# Ranks -> (ranks per host, plans). Tables split by columns have two blocks in every world.
 PLANS = {
     1: (
         1,

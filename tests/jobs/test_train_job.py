@@ -14,7 +14,7 @@ import torch
 
 from c2al.__main__ import main
 from c2al.config import parse_config, replace, save_config
-from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
+from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import CheckpointError, ConfigError, TrainingError
 from c2al.training.trainer import train
 from impressions import tree, write_cohorts, write_impressions
@@ -128,25 +128,6 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, 
     after = weights(tmp_path / "run")
     assert all(torch.isfinite(w).all() for w in after.values())
     assert before.keys() == after.keys()
-
-
-def test_a_checkpoint_carries_the_ne_of_its_own_weights_or_none(config, world, tmp_path):
-    schedule = {"train.eval_every": 4, "train.checkpoint.every_steps": 3, "train.checkpoint.keep_last": 10}
-    train(replace(config, **schedule), tmp_path / "run", world)
-    saved = CheckpointReader(tmp_path / "run" / "checkpoints", world).finished()
-    ne = {r["step"]: r["primary"]["all"]["ne"] for r in records(tmp_path / "run", "validation")}
-    assert {m.step: m.ne for _, m in saved} == {step: ne.get(step) for step in (3, 6, 9, 12, 15, 16)}
-    assert [step for step in (3, 6, 9, 12, 15, 16) if step in ne] == [12, 16]
-
-
-def test_a_run_does_not_go_on_with_another_number_of_column_blocks(config, world, tmp_path):
-    """Row-wise Adagrad keeps one moment per row and column block: dist.* would change what is trained."""
-    split = {"dist.sharding": ["column_wise"], "dist.tables": [{"name": "item_id", "min_partition": 4}]}
-    train(replace(config, **split), tmp_path / "run", world, stop_after=3)
-    with pytest.raises(CheckpointError, match=r"table 'item_id' was trained in 2 column blocks"):
-        train(config, tmp_path / "run", world)
-    plan = str(tmp_path / "run" / "plan.json")
-    train(replace(config, **{"dist.plan": plan}), tmp_path / "run", world)  # the way out that the message names
 
 
 def test_a_folder_of_another_run_is_refused(config, world, tmp_path):

@@ -95,16 +95,13 @@ class CheckpointWriter:
         None where these weights were not evaluated.
 
         When asynchronous, returns once this rank's share is copied to host memory, as much again as
-        it holds; a write still going on is awaited first.
-        A step that is already there keeps its tensors (the run is at the same place) and gets the
+        it holds. A write that is still going on is awaited first.
+        A step that is already there keeps its tensors, since the run is at the same place. It gets the
         new `extra`, and the new `ne` if there is one.
         Raises CheckpointError, and TrainingError where something is not finite.
         """
         self.wait()
         self._world.together(lambda: self._check(step, loss, extra))
-        state = saved_state(dmp, optimizer, self._world)
-        if self._config.asynchronous:
-            state = staged(state)
         manifest = Manifest(
             step=step,
             ne=ne,
@@ -114,6 +111,11 @@ class CheckpointWriter:
             column_blocks=column_blocks_of(dmp),
             files={},
         )
+        if self._once(lambda: self._renew(manifest)):
+            return
+        state = saved_state(dmp, optimizer, self._world)
+        if self._config.asynchronous:
+            state = staged(state)
         write = _Background(lambda: self._save(state, manifest))
         if self._config.asynchronous:
             self._write = write
@@ -152,8 +154,6 @@ class CheckpointWriter:
         unfinished = self._directory / f"{HIDDEN}{target.name}"
         self._world.together(lambda: self._check_state(state, manifest.step), self._group)
         try:
-            if self._once(lambda: self._renew(target, manifest)):
-                return
             self._once(lambda: unfinished.mkdir())
             run_dcp(
                 target,
@@ -191,8 +191,9 @@ class CheckpointWriter:
 
         return self._world.once(careful, self._group)
 
-    def _renew(self, target: Path, manifest: Manifest) -> bool:
+    def _renew(self, manifest: Manifest) -> bool:
         """Whether the step was there already, whole. A damaged one makes room."""
+        target = self._directory / folder_name(manifest.step)
         if not target.exists():
             return False
         try:
