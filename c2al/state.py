@@ -45,7 +45,25 @@ def read_state(
     Raises `error`, naming the file, when it cannot be read, is not JSON in UTF-8, is of another format
     or version, or when a field is missing, unknown or of another type.
     """
-    tree = read_json(path, error)
+    return _state(read_json(path, error), path, kind, format, version, error)
+
+
+def parse_state(
+    content: bytes,
+    path: str | os.PathLike[str],
+    kind: type[T],
+    *,
+    format: str,
+    version: int,
+    error: type[C2ALError] = StateError,
+) -> T:
+    """`read_state` of a state that is part of a larger file, which messages name as `path`."""
+    return _state(_parse_json(content, path, error), path, kind, format, version, error)
+
+
+def _state(
+    tree: Any, path: str | os.PathLike[str], kind: type[T], format: str, version: int, error: type[C2ALError]
+) -> T:
     if not isinstance(tree, dict):
         raise error(f"{path}: not a {format} file: it holds no JSON object")
     found = tree.pop("format", None), tree.pop("version", None)
@@ -62,12 +80,18 @@ def read_state(
 def read_json(path: str | os.PathLike[str], error: type[C2ALError] = StateError) -> Any:
     """The JSON tree of a file. Raises `error`, naming the file, for whatever is not strict JSON in UTF-8."""
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
     except OSError as e:
         raise error(f"{path}: cannot be read: {e.strerror}") from e
+    return _parse_json(content, path, error)
+
+
+def _parse_json(content: bytes, path: str | os.PathLike[str], error: type[C2ALError]) -> Any:
+    try:
+        text = content.decode("utf-8")
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except UnicodeDecodeError as e:
         raise error(f"{path}: not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
     except RecursionError:
