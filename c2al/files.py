@@ -61,13 +61,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise OutputError(f"{target}: exists already; remove it or name another output")
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        try:
-            yield temporary
+    try:
+        yield temporary
+        with output_errors(target):
             temporary.chmod(0o755)
             temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # pyarrow's writers name no file. An error that names a file elsewhere is one of reading.
+        if isinstance(e, OSError) and str(e.filename or temporary).startswith(str(temporary)):
+            raise OutputError(f"{target}: cannot be written: {e.strerror or e}") from e
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

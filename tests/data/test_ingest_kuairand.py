@@ -230,7 +230,7 @@ def test_real_exposures(tmp_path):
     )
     sooner = log[(log["user_id"] == row["user_id"]) & (log["time_ms"] < row["time_ms"])]
     assert row["seconds_since_exposure"] == pytest.approx((row["time_ms"] - sooner["time_ms"].max()) / 1000)
-    config = load_config(Path(__file__).parents[2] / "launch" / "configs" / "kuairand.toml")
+    config = load_config(Path(__file__).parents[2] / "c2al" / "configs" / "kuairand.toml")
     inputs = {f.column for f in config.data.dense} | {f.column for f in config.data.sparse}
     assert not inputs & {*AFTER_THE_FACT, "label", "time_ms", "date", "video_popularity"}
     paths = (str(tmp_path / "out" / "validation"),)

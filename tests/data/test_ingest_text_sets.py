@@ -12,7 +12,7 @@ from c2al.config import load_config
 from c2al.data.ingest import avazu, criteo, movielens, text
 from c2al.errors import DataError
 
-CONFIGS = Path(__file__).parents[2] / "launch" / "configs"
+CONFIGS = Path(__file__).parents[2] / "c2al" / "configs"
 SPLITS = ("train", "validation", "test")
 
 

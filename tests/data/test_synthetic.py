@@ -16,7 +16,7 @@ from c2al.config import load_config
 from c2al.data.parquet import BatchReader
 from c2al.data.schema import fit_statistics
 from c2al.data.synthetic import CHUNK_ROWS, SynthConfig, synthesise
-from c2al.errors import ConfigError, DataError
+from c2al.errors import ConfigError, OutputError
 
 SMALL = SynthConfig(rows=20_000, users=500, items=200)
 
@@ -141,7 +141,7 @@ def test_frequencies_follow_zipf(tmp_path):
 
 def test_demo_config_reads_it_and_no_input_is_after_the_fact(small):
     folder, _ = small
-    config = load_config(Path(__file__).parents[2] / "launch" / "configs" / "demo.toml")
+    config = load_config(Path(__file__).parents[2] / "c2al" / "configs" / "demo.toml")
     inputs = {f.column for f in config.data.dense} | {f.column for f in config.data.sparse}
     assert not inputs & {"true_p", "label", "row_id", "time"}
     assert {a.column for a in config.axes if a.column} <= set(pq.read_schema(folder / "train/part-00000.parquet").names)
@@ -165,7 +165,7 @@ def test_impossible_settings_and_an_output_that_exists(tmp_path):
         SynthConfig(rows=3, users=0, rates=(0.1, 1.0, 0.1), zipf=math.nan)
     assert len(caught.value.problems) == 4
     (tmp_path / "there").mkdir()
-    with pytest.raises(DataError, match="there: exists already"):
+    with pytest.raises(OutputError, match="there: exists already"):
         synthesise(SMALL, tmp_path / "there")
 
 
@@ -174,7 +174,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("c2al.data.synthetic.write_atomically", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutputError, match="No space"):
         synthesise(SMALL, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 

@@ -17,10 +17,10 @@ import pytest
 from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_config, parse_config
 from c2al.data.encode import hash64
 from c2al.errors import CohortError, ConfigError, DataError
-from c2al.evaluation import evaluate as job
 from c2al.evaluation.bootstrap import poisson_weights
 from c2al.evaluation.evaluate import evaluate
 from c2al.evaluation.result import read_evaluation
+from c2al.jobs import evaluate as job
 
 SMALL = EvaluateConfig(replicates=50)
 AXIS = (Axis(name="surface", column="tab"),)

@@ -85,7 +85,7 @@ def test_baseline_on_real_impressions(tmp_path):
     """Below 0.872, what an untuned two-layer stack of one epoch has; one-hot logistic regression has 0.882."""
     assert main(["ingest", "kuairand", "--input", str(KUAIRAND), "--output", str(tmp_path / "data")]) == 0
     paths = {f"data.{s}": (str(tmp_path / "data" / s),) for s in ("train", "validation", "test")}
-    config = replace(load_config(ROOT / "launch" / "configs" / "kuairand.toml"), **paths, **{"evaluate.replicates": 50})
+    config = replace(load_config(ROOT / "c2al" / "configs" / "kuairand.toml"), **paths, **{"evaluate.replicates": 50})
     with process_group(config.dist) as world:
         train(config, tmp_path / "run", world)
         score(tmp_path / "run", config.data.test, tmp_path / "scores", world)

@@ -88,12 +88,12 @@ def test_kubernetes_image_can_be_chosen():
     assert task["template"]["spec"]["containers"][0]["image"] == "registry/c2al@sha256:1"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "c2al" / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_config_is_valid(path):
     load_config(path)
 
 
 def test_the_production_shape_has_26_tables():
-    config = load_config(ROOT / "launch" / "configs" / "production.toml")
+    config = load_config(ROOT / "c2al" / "configs" / "production.toml")
     assert len({f.key for f in config.data.sparse}) == 26
     assert {t.name for t in config.dist.tables} <= {f.key for f in config.data.sparse}
