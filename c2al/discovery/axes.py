@@ -5,6 +5,7 @@ of the cross's; so only the axes that no other axis contains are counted.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,19 @@ def fixed_cuts(axes: Sequence[Axis]) -> dict[str, tuple[float, ...]]:
         if len(set(values)) < len(values):
             raise CohortError(f"axis '{name}': two edges are the same float32: {list(values)}")
     return cuts
+
+
+def cut_problem(axes: Sequence[Axis], cuts: Cuts) -> str:
+    """What is wrong with the cuts that a file holds for these axes; empty: nothing."""
+    numeric = {a.name: a for a in axes if a.kind in ("edges", "percentiles")}
+    if set(cuts) != set(numeric):
+        return f"it has cuts of {sorted(cuts)}, the numeric axes are {sorted(numeric)}"
+    for name, axis in numeric.items():
+        expected = len(axis.edges) if axis.kind == "edges" else len(axis.percentiles) - 2
+        values = cuts[name]
+        if len(values) != expected or any(a >= b for a, b in itertools.pairwise(values)):
+            return f"axis '{name}': {list(values)} are not {expected} ascending cuts"
+    return ""
 
 
 def float32_cuts(cuts: Sequence[float]) -> tuple[float, ...]:

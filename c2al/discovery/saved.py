@@ -9,6 +9,7 @@ refused.
 
 import dataclasses
 import io
+import itertools
 import math
 import os
 import zipfile
@@ -22,7 +23,7 @@ from c2al.config import Axis
 from c2al.data.cohorts import Category
 from c2al.data.identity import FileIdentity
 from c2al.discovery.accumulators import Accumulators
-from c2al.discovery.axes import Columns, Target, targets
+from c2al.discovery.axes import Columns, Cuts, Target, cut_problem, targets
 from c2al.discovery.histogram import COARSE, COUNT, GROUPS, LOW, LOW_MASK, SLOTS, Counts, Key, key_order, to_coarse
 from c2al.errors import C2ALError, CheckpointError
 from c2al.files import write_atomically
@@ -103,7 +104,8 @@ def load_accumulators(path: str | os.PathLike[str]) -> tuple[Accumulators, tuple
 
 def _counts(archive: zipfile.ZipFile, head: _Head) -> tuple[Counts, ...]:
     """Counts of every target. Raises ValueError for what no scan yields."""
-    _check_cuts(head)
+    if problem := cut_problem(head.axes, head.cuts):
+        raise ValueError(problem)
     if len({a.name for a in head.axes}) < len(head.axes):
         raise ValueError("two axes have one name")
     wanted = targets(head.axes)
@@ -126,27 +128,17 @@ def _counts(archive: zipfile.ZipFile, head: _Head) -> tuple[Counts, ...]:
     return tuple(found)
 
 
-def _check_cuts(head: _Head) -> None:
-    numeric = [a for a in head.axes if a.kind in ("edges", "percentiles")]
-    if set(head.cuts) != {a.name for a in numeric}:
-        raise ValueError(f"cuts are those of {sorted(head.cuts)}, not of its numeric axes")
-    for axis in numeric:
-        cuts = head.cuts[axis.name]
-        expected = len(axis.edges) if axis.kind == "edges" else len(axis.percentiles) - 2
-        if len(cuts) != expected or any(a >= b for a, b in zip(cuts, cuts[1:], strict=False)):
-            raise ValueError(f"axis '{axis.name}': {list(cuts)} are not {expected} ascending cuts")
-
-
-def _check_keys(keys: Sequence[Key], target: Target, cuts: dict[str, tuple[float, ...]]) -> None:
+def _check_keys(keys: Sequence[Key], target: Target, cuts: Cuts) -> None:
     for key in keys:
         if len(key) != len(target):
             raise ValueError(f"cohort {key!r} has not one category for each of {[a.name for a in target]}")
         for axis, category in zip(target, key, strict=True):
-            interval = isinstance(category, int) and not isinstance(category, bool)
-            if axis.name in cuts and category is not None and not (interval and 0 <= category <= len(cuts[axis.name])):  # type: ignore[operator]
+            if category is None or axis.kind == "categorical":
+                continue
+            if type(category) is not int or not 0 <= category <= len(cuts[axis.name]):
                 raise ValueError(f"cohort {key!r}: axis '{axis.name}' has no interval {category!r}")
     try:
-        ascend = all(key_order(a) < key_order(b) for a, b in zip(keys, keys[1:], strict=False))
+        ascend = all(key_order(a) < key_order(b) for a, b in itertools.pairwise(keys))
     except TypeError as e:
         raise ValueError(f"cohorts of different types: {e}") from e
     if not ascend:
