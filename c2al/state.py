@@ -45,25 +45,20 @@ def read_state(
     Raises `error`, naming the file, when it cannot be read, is not JSON in UTF-8, is of another format
     or version, or when a field is missing, unknown or of another type.
     """
-    return _state(read_json(path, error), path, kind, format, version, error)
+    return parse_state(_bytes(path, error), str(path), kind, format=format, version=version, error=error)
 
 
 def parse_state(
     content: bytes,
-    path: str | os.PathLike[str],
+    source: str,
     kind: type[T],
     *,
     format: str,
     version: int,
     error: type[C2ALError] = StateError,
 ) -> T:
-    """`read_state` of a state that is part of a larger file, which messages name as `path`."""
-    return _state(_parse_json(content, path, error), path, kind, format, version, error)
-
-
-def _state(
-    tree: Any, path: str | os.PathLike[str], kind: type[T], format: str, version: int, error: type[C2ALError]
-) -> T:
+    """`read_state` of a file's `content`, wherever it came from; `source` names it in messages."""
+    path, tree = source, parse_json(content, source, error)
     if not isinstance(tree, dict):
         raise error(f"{path}: not a {format} file: it holds no JSON object")
     found = tree.pop("format", None), tree.pop("version", None)
@@ -79,25 +74,29 @@ def _state(
 
 def read_json(path: str | os.PathLike[str], error: type[C2ALError] = StateError) -> Any:
     """The JSON tree of a file. Raises `error`, naming the file, for whatever is not strict JSON in UTF-8."""
-    try:
-        content = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as e:
-        raise error(f"{path}: cannot be read: {e.strerror}") from e
-    return _parse_json(content, path, error)
+    return parse_json(_bytes(path, error), str(path), error)
 
 
-def _parse_json(content: bytes, path: str | os.PathLike[str], error: type[C2ALError]) -> Any:
+def parse_json(content: bytes, source: str, error: type[C2ALError] = StateError) -> Any:
+    """`read_json` of a file's `content`; `source` names it in messages."""
     try:
         text = content.decode("utf-8")
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except UnicodeDecodeError as e:
-        raise error(f"{path}: not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
+        raise error(f"{source}: not UTF-8: byte {e.start} is {e.object[e.start]:#04x}") from e
     except RecursionError:
-        raise error(f"{path}: not a state file: nested too deeply") from None
+        raise error(f"{source}: not a state file: nested too deeply") from None
     except ValueError as e:
-        raise error(f"{path}: not strict JSON: {e}") from e
+        raise error(f"{source}: not strict JSON: {e}") from e
+
+
+def _bytes(path: str | os.PathLike[str], error: type[C2ALError]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except OSError as e:
+        raise error(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def _refuse_constant(name: str) -> Any:
