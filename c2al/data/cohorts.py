@@ -27,7 +27,7 @@ from c2al.errors import CohortError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1
+FORMAT, VERSION = "c2al.cohorts", 2
 """Of cohorts.json; a file of another version is refused."""
 
 Category = bool | int | str
@@ -174,9 +174,9 @@ def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
             tree = json.load(f)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise CohortError(f"{source}: not a readable cohorts.json: {e}") from e
-    if not isinstance(tree, dict) or tree.get("version") != VERSION:
-        found = tree.get("version") if isinstance(tree, dict) else None
-        raise CohortError(f"{source}: version is {found!r}, this c2al reads version {VERSION}")
+    found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise CohortError(f"{source}: version is {found!r}, this c2al reads version {VERSION} of {FORMAT!r}")
     try:
         chosen, axes = tree["chosen"], tree["axes"]
         head, tail = (None if chosen[k] is None else CohortSpec.from_json(chosen[k], source) for k in ("head", "tail"))

@@ -167,7 +167,7 @@ class AnyIntegers:
         self._range.write(value_R, digit_R)
         return digit_R
 
-    def _widened(self, low: int, high: int, distinct: _Integers, digit_of_distinct: Digits) -> WideRange:
+    def _widened(self, low: int, high: int, distinct: npt.NDArray[Any], digit_of_distinct: Digits) -> WideRange:
         """The present range and the new values in one table of [low, high]."""
         table = np.full(high - low + 1, -1, np.int32)
         if self._range is not None:

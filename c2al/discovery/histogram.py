@@ -24,7 +24,7 @@ BINS = 24 * 64
 SLOTS = BINS + 2
 """S: 0, the bins, 1."""
 COARSE = BINS // 4 + 2
-"""K: 0, 16 bins an octave, 1."""
+"""K: 0, 16 bins per octave, 1."""
 GROUPS = 32
 """G, of the delete-a-group jackknife; a row's group is a hash of its user."""
 NEGATIVE, POSITIVE = 0, 1

@@ -127,7 +127,18 @@ class _Tested:
             found.append(bound_P)
         return tuple(found)
 
-    def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: float, correction: str) -> _Floats:
+    def _joined(self, values: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The tested pairs' values of all axes: (M,)."""
+        return np.concatenate([*(v[t] for v, t in zip(values, self._of_axis, strict=True)), np.empty(0)])
+
+
+def _largest(values: Sequence[_Floats]) -> tuple[int, int] | None:
+    """(axis, pair) of the largest number, of equals the first; None if all are NaN."""
+    best = [(i, int(np.nanargmax(v))) for i, v in enumerate(values) if not np.isnan(v).all()]
+    return max(best, key=lambda at: values[at[0]][at[1]], default=None)
+
+
+def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: float, correction: str) -> _Floats:
     """One-sided Student-t lower bounds of M estimates whose family-wise error is at most `alpha`.
 
     bonferroni: every bound at level alpha / M; they hold together. holm: the i-th smallest p-value at
