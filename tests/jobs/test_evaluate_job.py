@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_config, parse_config
-from c2al.data.encode import hash64
+from c2al.data.hashing import hash64
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.evaluation.bootstrap import poisson_weights
 from c2al.evaluation.evaluate import evaluate
