@@ -385,7 +385,7 @@ DAMAGE = {
     "negative": lambda path: repacked(path, lambda m: m.update({"fine0.npy": array([-1])})),
     "beyond": lambda path: repacked(
         path,
-        lambda m: m.update({"fine0.npy": array([1], dtype=None), "fine0_at.npy": array(np.array([1 << 60], "u8"))}),
+        lambda m: m.update({"fine0.npy": array(np.array([1], "u1")), "fine0_at.npy": array(np.array([1 << 60], "u8"))}),
     ),
     "huge": lambda path: repacked(path, huge_header),
     "other version": lambda path: repacked(path, head('"version": 2', '"version": 99')),
@@ -433,3 +433,12 @@ def test_a_divergence_that_is_not_above_zero_is_shown_as_about_0(tmp_path, capsy
     shown = capsys.readouterr().out
     assert pair["js"]["value"] <= 0, "the seed must give an estimate below zero"
     assert "js about 0 [" in shown
+
+
+def test_string_view_counts_as_string_does(finished, tmp_path):
+    table = impressions()
+    views = table.set_column(3, "place", pa.array(table["place"].to_pylist(), pa.string_view()))
+    scores = written(tmp_path / "s.parquet", views)
+    assert pq.read_schema(scores).field("place").type == pa.string_view()
+    assert discover("--scores", scores, *FLAGS, "--output", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "cohorts.json").read_bytes() == (finished / "cohorts.json").read_bytes()
