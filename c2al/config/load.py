@@ -20,6 +20,8 @@ from c2al.files import write_atomically
 from c2al.text import redacted
 from c2al.typed import build
 
+T = typing.TypeVar("T")
+
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads and validates one TOML file.
@@ -43,13 +45,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
     """Validates a parsed TOML tree; `source` names it in messages. Raises ConfigError."""
+    return parse_sections(Config, tree, overrides, source)
+
+
+def parse_sections(kind: type[T], tree: dict[str, Any], overrides: Sequence[str], source: str) -> T:
+    """`parse_config` for a job that needs only some sections: `kind` is a dataclass of these."""
     problems: list[str] = []
     for path, value in _parse_overrides(overrides, problems):
         _apply(tree, path, value, problems)
-    config = build(Config, tree, "", problems)
+    sections = build(kind, tree, "", problems)
     if problems:
         raise ConfigError([f"{source}: {p}" for p in problems])
-    return typing.cast(Config, config)
+    return typing.cast(T, sections)
 
 
 def dump_config(config: Any) -> str:
