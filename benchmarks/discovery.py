@@ -15,7 +15,7 @@ job          all of `c2al discover`: start, two passes for percentile cuts, main
 
 CPU is user + system time around the work itself (for job: of the process), after compiling; the ratio
 is to the bare scan of the same columns in the same round, the median over rounds. Medians and peak
-memory go to benchmarks/results/discovery.csv, one line a contender, appended.
+memory go to benchmarks/results/discovery.csv, one line per contender, appended.
 """
 
 import argparse
@@ -171,15 +171,21 @@ def count(files: list[str], name: str) -> int:
 
     from c2al.config import DistConfig, parse_config
     from c2al.data.source import open_dataset
-    from c2al.discovery.accumulate import Columns
+    from c2al.discovery.axes import Columns
     from c2al.discovery.passes import scan as product_scan
+    from c2al.discovery.record import ScanRecord
     from c2al.distributed.process import process_group
 
     config = parse_config(tomllib.loads(CONFIG % ("true" if name == "jackknife" else "false")))
-    columns = Columns(prediction="prediction", label="label", user="user_id")
-    cuts = {"activity": (0.2876821, 1.3862944)}
+    record = ScanRecord(
+        axes=config.axes,
+        columns=Columns(prediction="prediction", label="label", user="user_id"),
+        settings=config.discover,
+        earlier_cuts={"activity": (0.2876821, 1.3862944)},
+        files=(),
+    )
     with process_group(DistConfig(device="cpu")) as world, tempfile.TemporaryDirectory() as folder:
-        total = product_scan(open_dataset(files), config.axes, config.discover, columns, Path(folder), world, cuts)
+        total = product_scan(open_dataset(files), record, Path(folder), world)
     return int(total.of_axis(config.axes[-1]).fine_CS22[..., 0].sum())
 
 

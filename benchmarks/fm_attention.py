@@ -1,34 +1,33 @@
 """How fast is FM attention against the ways one would write it in torch?
 
-    python benchmarks/fm_attention.py [--threads 2] [--rounds 15] [--device cpu]
+    python benchmarks/fm_attention.py [--threads 2] [--rounds 15] [--device cpu] [--norm]
 
 Every round times a short burst of every variant, so that whatever else the machine does falls on all alike; a
 row is the median of the rounds, a speed-up the median of the rounds' own ratios, and "best" compares
 the fastest round of each, which a busy machine distorts least. GB/s counts the fewest bytes any
-kernel must move. Prints a table and writes it with machine, date and versions to benchmarks/results/.
+kernel must move, and "of floor" is its share of what a copy reaches on this card. --norm adds the LayerNorm
+that a model has. Writes its table to benchmarks/results/ after every row. On a CPU our function is
+the chain itself. Imports torch and c2al.ops alone.
 
 Legend: B batch, m fields, d embedding dim, k columns of Y; layout "paper", so A = x^T is d x m.
 """
 
 import argparse
-import csv
-import ctypes
-import datetime
 import functools
-import io
-import platform
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from machine import RESULTS, about, keep_freed_memory, write_table
 from torch import Tensor
+from torch.nn import functional as F
 
-from c2al.files import write_atomically
 from c2al.ops.fm_attention import fm_attention
 
-SHAPES = ((16, 64, 8), (48, 64, 16), (128, 128, 32), (512, 128, 64), (256, 256, 64))
+SHAPES = ((16, 64, 8), (48, 64, 16), (128, 128, 32), (512, 128, 64), (256, 256, 64), (128, 512, 32), (512, 256, 128))
 CPU_ELEMENTS = 2**23
 """Elements of x on the CPU: well beyond its caches, as a training batch is."""
 GPU_BATCH = 16384
@@ -50,10 +49,6 @@ def einsum(x: Tensor, y: Tensor) -> Tensor:
     return torch.einsum("bmi,bmj,bjk->bik", x, x, y)
 
 
-def ours(x: Tensor, y: Tensor) -> Tensor:
-    return fm_attention(x, y, layout="paper")
-
-
 class Function(torch.autograd.Function):
     """The hand-written backward that one would try before a fused kernel."""
 
@@ -70,12 +65,23 @@ class Function(torch.autograd.Function):
         return torch.baddbmm(torch.bmm(t, grad.mT), s, y.mT), torch.bmm(x.mT, s)
 
 
-def variants(device: str) -> dict[str, Variant]:
-    if device == "cuda":
-        return {"chain": chain, "function": Function.apply, "ours": ours}
+NORM_EPS = 1e-5
+
+
+def variants(device: str, norm: bool) -> dict[str, Variant]:
+    """Every contender; with `norm` all of them normalise the rows of G."""
+    plain: dict[str, Variant] = {"chain": chain, "function": Function.apply}
+    if device == "cpu":
+        plain |= {"gram": gram, "einsum": einsum}
+    if norm:
+        plain = {name: functools.partial(_normed, variant) for name, variant in plain.items()}
     torch.compiler.reset()  # else every shape and mode counts against one recompilation limit
-    compiled = torch.compile(chain, fullgraph=True)
-    return {"chain": chain, "gram": gram, "einsum": einsum, "compiled": compiled, "ours": ours}
+    ours = functools.partial(fm_attention, layout="paper", norm_eps=NORM_EPS if norm else None)
+    return plain | {"compiled": torch.compile(plain["chain"], fullgraph=True), "ours": ours}
+
+
+def _normed(variant: Variant, x: Tensor, y: Tensor) -> Tensor:
+    return F.layer_norm(variant(x, y), y.shape[-1:], eps=NORM_EPS)
 
 
 def burst(work: Callable[[], object], device: str) -> float:
@@ -98,14 +104,21 @@ def timed(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> list[dict[str, object]]:
+def measure(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    norm: bool,
+    batch: int,
+    without: list[str],
+) -> Iterator[dict[str, object]]:
     """One row for every variant, forward alone and with backward."""
     m, d, k = shape
-    batch = GPU_BATCH if device == "cuda" else CPU_ELEMENTS // (m * d)
     x = torch.randn(batch, m, d, dtype=dtype, device=device, requires_grad=True)
     y = torch.randn(batch, d, k, dtype=dtype, device=device, requires_grad=True)
     grad = torch.randn(batch, d, k, dtype=dtype, device=device)
-    every = variants(device)
+    every = {name: v for name, v in variants(device, norm).items() if name not in without}
 
     def forward(variant: Variant) -> None:
         with torch.no_grad():
@@ -114,30 +127,39 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
     def both(variant: Variant) -> None:
         torch.autograd.grad(variant(x, y), (x, y), grad)
 
-    rows: list[dict[str, object]] = []
     for name, work, elements in (
         ("forward", forward, m * d + 2 * d * k),
         ("forward+backward", both, 3 * m * d + 5 * d * k),
     ):
-        seconds: dict[str, list[float]] = {variant: [] for variant in every}
-        for turn in range(rounds + 2):  # the first two warm up: compilation, tuning, page faults
-            for variant, function in every.items():
-                spent = burst(functools.partial(work, function), device)
-                if turn >= 2:
-                    seconds[variant].append(spent)
+        seconds = interleaved({v: functools.partial(work, f) for v, f in every.items()}, device, rounds)
         for variant, spent in seconds.items():
-            ratios = [c / s for c, s in zip(seconds["chain"], spent, strict=True)]
+            chained = seconds.get("chain", spent)
+            ratios = [c / s for c, s in zip(chained, spent, strict=True)]
             middle = statistics.median(spent)
-            rows.append(
-                {
-                    "m": m, "d": d, "k": k, "batch": batch, "dtype": str(dtype).removeprefix("torch."),
-                    "pass": name, "variant": variant, "milliseconds": round(middle * 1e3, 3),
-                    "times_chain": round(statistics.median(ratios), 2),
-                    "best_times_chain": round(min(seconds["chain"]) / min(spent), 2),
-                    "gb_per_second": round(batch * elements * x.element_size() / middle / 1e9, 1),
-                }
-            )  # fmt: skip
-    return rows
+            yield {
+                "m": m, "d": d, "k": k, "batch": batch, "norm": norm, "pass": name, "variant": variant,
+                "milliseconds": round(middle * 1e3, 3),
+                "times_chain": round(statistics.median(ratios), 2),
+                "best_times_chain": round(min(chained) / min(spent), 2),
+                "gb_per_second": round(batch * elements * x.element_size() / middle / 1e9, 1),
+            }  # fmt: skip
+
+
+def interleaved(work: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round of every variant; one that fails is told and left out."""
+    seconds: dict[str, list[float]] = {variant: [] for variant in work}
+    for turn in range(rounds + 2):  # the first two warm up: compilation, tuning, page faults
+        for variant in list(seconds):
+            try:
+                spent = burst(work[variant], device)
+            except Exception:
+                traceback.print_exc()
+                print(f"{variant}: FAILED, see above", flush=True)
+                del seconds[variant]
+                continue
+            if turn >= 2:
+                seconds[variant].append(spent)
+    return seconds
 
 
 def copy_bandwidth() -> float:
@@ -147,62 +169,56 @@ def copy_bandwidth() -> float:
     return 2 * 2**30 / min(timed(lambda: target.copy_(source), "cuda") for _ in range(20)) / 1e9
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    return f"{cpu or platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep large freed blocks, as the allocators of training hosts (jemalloc, tcmalloc) do.
-
-    By default it hands them back to the system, and faulting the pages in again costs more than the
-    products do: the table would be one of page faults.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_threshold, 2**30)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--norm", action="store_true", help="with the LayerNorm that a model has")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, help="m,d,k")
+    parser.add_argument("--batch", type=int, default=0, help="default: 16384 on a GPU, 8M elements of x on a CPU")
+    parser.add_argument("--without", nargs="+", default=[], help="variants to leave out")
+    parser.add_argument("--seconds", type=float, default=1e9, help="no shape is begun after this")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    device = arguments.device
+    device, deadline = arguments.device, time.monotonic() + arguments.seconds
     torch.set_num_threads(arguments.threads)
     if device == "cpu":
         keep_freed_memory()
-
-    about = {"machine": machine(device), "date": datetime.date.today().isoformat(), "torch": torch.__version__}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    target = arguments.output / f"fm_attention{'_norm' if arguments.norm else ''}_{device}.csv"
+    last = about(device)
     bandwidth = copy_bandwidth() if device == "cuda" else None
-    header = f"{'m,d,k':>12} {'dtype':>9} {'pass':>17} {'variant':>9} {'ms':>9} {'x chain':>8} {'best':>6} {'GB/s':>7}"
-    print(header + (f" {'of floor':>9}   copy runs at {bandwidth:.0f} GB/s" if bandwidth else ""))
-    rows = []
-    for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for row in measure(shape, dtype, device, arguments.rounds):
-                line = f"{','.join(map(str, shape)):>12} {row['dtype']:>9} {row['pass']:>17} {row['variant']:>9} "
+    print(", ".join(f"{key} {value}" for key, value in last.items()))
+    print(
+        f"{'m,d,k':>12} {'dtype':>9} {'pass':>17} {'variant':>9} {'ms':>9} {'x chain':>8} {'best':>6} {'GB/s':>7}",
+        end="",
+    )
+    print(f" {'of floor':>9}   copy runs at {bandwidth:.0f} GB/s" if bandwidth else "")
+    rows: list[dict[str, object]] = []
+    for kind in ("bfloat16", "tf32", "float32") if device == "cuda" else ("float32", "bfloat16"):
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+        for shape in arguments.shapes:
+            if time.monotonic() > deadline:
+                print(f"{kind} {shape}: not measured, the time is up")
+                continue
+            batch = arguments.batch or (GPU_BATCH if device == "cuda" else CPU_ELEMENTS // (shape[0] * shape[1]))
+            for row in measure(shape, dtype, device, arguments.rounds, arguments.norm, batch, arguments.without):
+                line = f"{','.join(map(str, shape)):>12} {kind:>9} {row['pass']:>17} {row['variant']:>9} "
                 line += f"{row['milliseconds']:>9} {row['times_chain']:>8} {row['best_times_chain']:>6}"
                 line += f" {row['gb_per_second']:>7}"
+                row = {"dtype": kind} | row
                 if bandwidth:
                     row["share_of_floor"] = round(float(str(row["gb_per_second"])) / bandwidth, 3)
                     line += f" {row['share_of_floor']:>9}"
                 print(line, flush=True)
-                rows.append(row | about)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    target = arguments.output / f"fm_attention_{device}.csv"
-    write_atomically(target, text.getvalue())
+                rows.append(row | last)
+            write_table(target, rows)
     print(f"wrote {target}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

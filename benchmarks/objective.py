@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from c2al.config import ModelConfig
 from c2al.nn.dhen import DHEN
-from c2al.nn.objective import objective
+from c2al.nn.objective import objective, targets
 from c2al.nn.prediction_heads import Heads
 
 FIELDS = 20
-SCALES = {"lambda_head": 0.1, "lambda_tail": 0.1}
+LAMBDAS = (0.1, 0.1)
 
 
 class OnePass(torch.autograd.Function):
     """Eq. 4 whose forward pass already holds the gradient: weight (sigmoid - target) lambda / rows."""
 
     @staticmethod
-    def forward(ctx, logit_BT, label_B, weight_B, member_B2, lambda_T, rows):
+    def forward(ctx, logit_BT, label_B, weight_B, member_BC, lambda_T, rows):
         target_BT = torch.empty_like(logit_BT)
         target_BT[:, 0] = label_B
-        torch.mul(member_B2, label_B[:, None], out=target_BT[:, 1:])
+        torch.mul(member_BC, label_B[:, None], out=target_BT[:, 1:])
         scale_BT = weight_B[:, None] * (lambda_T / rows)
         ctx.save_for_backward((torch.sigmoid(logit_BT) - target_BT).mul_(scale_BT))
         bce_BT = nn.functional.softplus(logit_BT) - logit_BT * target_BT
@@ -51,18 +51,20 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = ModelConfig()
     dhen = DHEN(config, FIELDS)
-    heads = Heads(FIELDS * config.embedding_dim, config.head_hidden, auxiliary=True)
-    lambda_T = torch.tensor([1.0, *SCALES.values()])
+    heads = Heads(FIELDS * config.embedding_dim, config.head_hidden, len(LAMBDAS))
+    lambda_T = torch.tensor([1.0, *LAMBDAS])
     print(f"torch {torch.__version__}, {arguments.threads} threads; microseconds, forward + backward")
     print(f"{'batch':>6} {'plain':>8} {'one pass':>9} {'model step':>11} {'could win':>10}")
     for batch in (1024, 4096, 16384):
-        label_B, member_B2 = torch.randint(2, (batch,)).float(), torch.randint(2, (batch, 2)).float()
-        rest = (label_B, torch.ones(batch), member_B2)
+        label_B, member_BC = torch.randint(2, (batch,)).float(), torch.randint(2, (batch, 2)).float()
+        rest = (label_B, torch.ones(batch), member_BC)
         logit_BT = torch.randn(batch, 3, requires_grad=True)
         x_BMD = torch.randn(batch, FIELDS, config.embedding_dim)
 
         def plain(logit_BT: Tensor, rest: tuple[Tensor, ...] = rest) -> Tensor:
-            return objective(logit_BT, *rest, **SCALES, rows=len(logit_BT)).total
+            label_B, weight_B, member_BC = rest
+            target_BT = targets(label_B, member_BC)
+            return objective(logit_BT, target_BT, weight_B, lambda_C=LAMBDAS, rows=len(logit_BT)).total
 
         def one_pass(logit_BT: Tensor, rest: tuple[Tensor, ...] = rest) -> Tensor:
             return OnePass.apply(logit_BT, *rest, lambda_T, float(len(logit_BT)))

@@ -26,6 +26,7 @@ import torch
 from c2al.config import Config, load_config, replace
 from c2al.data.synthetic import SURFACES, SynthConfig, synthesise
 from c2al.distributed.process import World, process_group
+from c2al.training.batches import training_reader
 from c2al.training.run_folder import start_run
 from c2al.training.trainer import Trainer, train
 
@@ -44,10 +45,10 @@ def overhead(config: Config, world: World, folder: Path, blocks: int, steps: int
     """Time of a C2AL step over that of a baseline step, one ratio a block of `steps` steps of each."""
     arms = {}
     for name, weight in (("baseline", 0.0), ("c2al", 0.2)):
-        arm = replace(config, **{"train.lambda_head": weight, "train.lambda_tail": weight, "data.validation": ()})
+        arm = replace(config, **{"train.auxiliary_lambda": weight, "data.validation": ()})
         run = start_run(folder / name, arm, cohorts_file(folder / "cohorts.json") if weight else None, world)
         trainer = Trainer(run, world)
-        kept = list(itertools.islice(iter(trainer.reader(epoch=0)), 8))
+        kept = list(itertools.islice(iter(training_reader(run, world)), 8))
         arms[name] = (trainer, itertools.cycle(kept))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for block in range(blocks + 1):  # the first warms up
@@ -56,7 +57,6 @@ def overhead(config: Config, world: World, folder: Path, blocks: int, steps: int
             trainer, batches = arms[name]
             start = time.perf_counter()
             for _ in range(steps):
-                trainer.step += 1
                 trainer.advance(batches)
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():

@@ -1,11 +1,13 @@
-"""`c2al JOB ...`: one subcommand a job. A job's module is imported only when it is asked for."""
+"""`c2al JOB ...`: one subcommand per job. A job's module is imported only when it is asked for."""
 
 import argparse
 import importlib
+import io
 import logging
 import sys
 import warnings
 
+from c2al.config.reference import help_text
 from c2al.errors import C2ALError
 from c2al.text import redacted
 
@@ -21,6 +23,17 @@ JOBS = {
     "ingest": "turn a published data set into Parquet splits",
 }
 
+_ALL = ("", "data", "model", "train", "dist", "axes", "discover", "evaluate", "experiment")
+SETTINGS = {
+    "train": ("", "data", "model", "train", "dist", "axes"),
+    "score": ("data", "dist", "axes"),
+    "discover": ("data", "dist", "axes", "discover"),
+    "evaluate": ("", "data", "axes", "evaluate"),
+    "experiment": _ALL,
+    "demo": _ALL,
+}
+"""Sections of the configuration that a job reads, for its help. A job that is not here takes no overrides."""
+
 
 def _only_our_own_warnings() -> None:
     """What torch, torchrec and fbgemm deprecate among themselves is nothing a user can act on."""
@@ -30,9 +43,17 @@ def _only_our_own_warnings() -> None:
     logging.getLogger("torchrec").setLevel(logging.ERROR)
 
 
+def _print_any_name() -> None:
+    """A name that the terminal's encoding lacks is printed with escapes; it must not end a job."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
     _only_our_own_warnings()
+    _print_any_name()
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="c2al", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
@@ -42,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         if name == job_name:
             module = importlib.import_module(f"c2al.jobs.{name}")
             module.add_arguments(job)
+            if name in SETTINGS:
+                job.formatter_class, job.epilog = argparse.RawDescriptionHelpFormatter, help_text(SETTINGS[name])
     known, overrides = parser.parse_known_args(words)
     try:
         module.run(known, overrides)
@@ -51,6 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full or read-only disk, wherever the job met it
         path = f"{error.filename}: " if error.filename else ""
         print(f"c2al {known.job}: {redacted(f'{path}{error.strerror or error}')}", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError as error:  # a path that the file system's encoding lacks
+        print(
+            f"c2al {known.job}: '{redacted(error.object)}' cannot be written in this locale ({error.encoding}); "
+            "set PYTHONUTF8=1",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print(f"c2al {known.job}: interrupted", file=sys.stderr)

@@ -45,7 +45,8 @@ def output_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OutputError(f"{e.filename or path}: cannot be written: {e.strerror or e}") from e
+        # The name in the error may be that of a temporary file beside `path`.
+        raise OutputError(f"{path}: cannot be written: {e.strerror or e}") from e
 
 
 @contextlib.contextmanager

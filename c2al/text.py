@@ -41,7 +41,9 @@ def _no_formula(text: str) -> str:
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s'\"]*@")
+# The second form is for a secret with a slash in it, which its owner forgot to write as %2F. After a colon,
+# digits and a slash are a port, not a secret.
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?:[^/\s'\"]*|[^/@:\s'\"]+:(?!\d+/)[^@\s'\",]*)@")
 _QUERY = re.compile(
     r"(?P<key>[?&](?:[A-Za-z0-9_.-]*(?:key|secret|token|password|passwd|credential|signature|sig)[A-Za-z0-9_.-]*)=)"
     r"[^&#\s'\"]*",

@@ -28,7 +28,8 @@ def build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """`value` as a `kind`; where it is none, appends lines to `problems` and returns None.
 
     `kind` is a dataclass, bool, int, float, str, a Literal, a union, tuple[X, ...], tuple[X, Y],
-    dict[str, X], or Any for plain values whose type another place decides. An integer must fit int64, a float must be finite, a string must be valid Unicode.
+    dict[str, X], or Any, which takes every value as it is. An integer must fit int64, a float must be
+    finite, a string must be valid Unicode.
     A key that the dataclass does not know is a problem. A dataclass may have a method `problems`,
     which yields (field, message) for values that do not go together.
     """

@@ -32,8 +32,8 @@ def train(
 
     Args:
         args: arguments of `c2al train`
-        j: hosts x workers a host, e.g. 2x8
-        device: cpu or cuda; cuda asks for one GPU a worker
+        j: hosts x workers per host, e.g. 2x8
+        device: cpu or cuda; cuda asks for one GPU per worker
         image: container image, where the scheduler runs containers
         max_restarts: restarts of the workers on a host that lives
         max_retries: restarts of the whole job by the scheduler
@@ -55,8 +55,8 @@ def score(
 
     Args:
         args: arguments of `c2al score`
-        j: hosts x workers a host, e.g. 2x8
-        device: cpu or cuda; cuda asks for one GPU a worker
+        j: hosts x workers per host, e.g. 2x8
+        device: cpu or cuda; cuda asks for one GPU per worker
         image: container image, where the scheduler runs containers
         max_restarts: restarts of the workers on a host that lives
         max_retries: restarts of the whole job by the scheduler
@@ -77,7 +77,7 @@ def discover(
 
     Args:
         args: arguments of `c2al discover`
-        j: hosts x workers a host, e.g. 2x8
+        j: hosts x workers per host, e.g. 2x8
         image: container image, where the scheduler runs containers
         max_restarts: restarts of the workers on a host that lives
         max_retries: restarts of the whole job by the scheduler
@@ -137,8 +137,8 @@ def experiment(
 
     Args:
         args: arguments of `c2al experiment`
-        j: hosts x workers a host, e.g. 2x8
-        device: cpu or cuda; cuda asks for one GPU a worker
+        j: hosts x workers per host, e.g. 2x8
+        device: cpu or cuda; cuda asks for one GPU per worker
         image: container image, where the scheduler runs containers
         max_restarts: restarts of the workers on a host that lives
         max_retries: restarts of the whole job by the scheduler
@@ -171,6 +171,7 @@ def _ranks(
     if log_dir is not None:
         environment["PET_LOG_DIR"] = log_dir
     app = dist.ddp(
+        "--",  # `-m c2al -- score --run R`: else torchrun takes --run for an abbreviation of an option of its own
         job,
         *args,
         m="c2al",

@@ -6,7 +6,7 @@ Trains the demo model with `torchx run` on two ranks, once undisturbed and once 
 SIGKILLed again and again: half of the times while a checkpoint is being written (not the first after a
 start, or nothing would ever get done), else at a random moment from the workers' start (imports and
 rendezvous included) to well into training. After every kill each checkpoint there is must load; the run
-must finish by itself, with the undisturbed run's weights bit for bit. Prints a line a kill; exit status 0
+must finish by itself, with the undisturbed run's weights bit for bit. Prints one line per kill. Exit status 0
 means all of that held.
 """
 

@@ -1,7 +1,7 @@
 """Runs a function on N gloo processes of this machine: `from ranks import run_ranks`.
 
 The processes are forked from a server that has imported torchrec once, so a group of four starts
-in well under a second; they meet through a file store, need no port, and are killed at the timeout.
+in well under a second. They meet through a file store, need no port, and are killed at the timeout.
 A failure shows every failed worker's whole traceback.
 """
 
@@ -31,7 +31,7 @@ def run_ranks(
     """Calls `function(*args)` on `ranks` processes with a process group; returns their results by rank.
 
     `function` must be importable (module level); the default group is there when it is called, so
-    `c2al.distributed.process.process_group` adopts it. `local_size`: ranks a pretended host.
+    `c2al.distributed.process.process_group` adopts it. `local_size`: ranks per pretended host.
     Raises AssertionError with all tracebacks if any rank fails, dies or is not done in `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="c2al-ranks-") as name:

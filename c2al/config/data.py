@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from c2al.config.names import table_name_problem
 from c2al.typed import Problems
 
 
@@ -11,11 +12,16 @@ class DenseFeature:
     """One numeric column that enters the dense arch."""
 
     column: str
+    """Column with the values; any number type, one value per row."""
     transforms: tuple[Literal["log1p", "standardise"], ...] = ("standardise",)
     """Applied in order. log1p is sign(x) * log(1 + |x|); standardise uses the training split's
     mean and standard deviation, after the transforms before it."""
     null: float | None = None
     """Value that replaces a null before the transforms; without it a null is an error."""
+
+    def problems(self) -> Problems:
+        if not self.column:
+            yield "column", "must not be empty"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,8 +29,10 @@ class SparseFeature:
     """One categorical column (single or list-valued) with its own embedding table."""
 
     column: str
+    """Column with the values: integers or strings, one or a list per row."""
     name: str = ""
-    """Name of the feature and of its embedding table; empty: the column's name."""
+    """Name of the feature and of its embedding table, which checkpoints and plans know it by; empty: the
+    column's name. A name with a dot, or one that torch uses itself (type, items, keys, values, ...), is refused."""
     encoding: Literal["hash", "vocabulary", "identity", "bucketise"] = "hash"
     """hash: stable 64-bit hash modulo num_embeddings (int or string). vocabulary: index in the
     sorted set of training values, the most frequent num_embeddings - 1 of them, row 0 for unknown.
@@ -33,9 +41,11 @@ class SparseFeature:
     num_embeddings: int = 0
     """Rows of the embedding table; 0 only with bucketise, which needs len(edges) + 2."""
     edges: tuple[float, ...] = ()
-    """Ascending cut points of bucketise; value x goes to 1 + #(edges <= x)."""
-    max_length: int = 1
-    """Values kept of a list-valued column, from the front; 1 for a scalar column."""
+    """Cut points of bucketise in the column's unit, ascending. Row 1 holds values below the first edge, row 2
+    those from the first edge on and below the second, and so on."""
+    max_length: int = 0
+    """Values kept of a list-valued column, from the front. 0: the column holds one value per row, and a
+    list is refused."""
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a list-valued feature are combined."""
 
@@ -50,6 +60,10 @@ class SparseFeature:
         return len(self.edges) + 2 if self.encoding == "bucketise" else self.num_embeddings
 
     def problems(self) -> Problems:
+        if not self.column:
+            yield "column", "must not be empty"
+        if problem := table_name_problem(self.key):
+            yield ("name" if self.name else "column"), problem
         if self.encoding == "bucketise":
             if not self.edges or list(self.edges) != sorted(set(self.edges)):
                 yield "edges", f"must be strictly ascending and not empty, is {list(self.edges)}"
@@ -60,8 +74,8 @@ class SparseFeature:
                 yield "num_embeddings", f"must be at least 2, is {self.num_embeddings}"
             if self.edges:
                 yield "edges", f"only with encoding = 'bucketise', not '{self.encoding}'"
-        if self.max_length < 1:
-            yield "max_length", f"must be at least 1, is {self.max_length}"
+        if self.max_length < 0:
+            yield "max_length", f"must not be negative, is {self.max_length}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +83,12 @@ class Axis:
     """One semantic axis along which impressions are cut into cohorts."""
 
     name: str
+    """Name of the axis in results, in `discover.axes` and in crosses."""
     column: str = ""
     """Column that holds the axis; empty for a cross."""
     kind: Literal["categorical", "percentiles", "edges", "cross"] = "categorical"
+    """categorical: a cohort per value. percentiles: a numeric column cut at shares of its rows. edges: a numeric
+    column cut at given values. cross: a cohort per combination of cohorts of other axes."""
     percentiles: tuple[float, ...] = ()
     """Cut points in percent, from 0 to 100, e.g. [0, 5, 25, 50, 75, 95, 100]."""
     edges: tuple[float, ...] = ()
@@ -80,6 +97,8 @@ class Axis:
     """Names of two or three other axes whose combinations are the cohorts."""
 
     def problems(self) -> Problems:
+        if not self.name:
+            yield "name", "must not be empty"
         wants = {"categorical": (), "percentiles": ("percentiles",), "edges": ("edges",), "cross": ("cross",)}[
             self.kind
         ]
@@ -98,6 +117,8 @@ class Axis:
             yield "edges", f"must ascend strictly, is {list(self.edges)}"
         if self.cross and not 2 <= len(self.cross) <= 3:
             yield "cross", f"takes two or three axes, has {len(self.cross)}"
+        for name in sorted({n for n in self.cross if self.cross.count(n) > 1}):
+            yield "cross", f"names axis '{name}' twice"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +128,10 @@ class DataConfig:
     train: tuple[str, ...] = ()
     """Files, folders, globs or URIs (file://, s3://, gs://, hdfs://) of the training split."""
     validation: tuple[str, ...] = ()
+    """The same for the validation split: NE during training, the best checkpoints, discovery in an experiment.
+    Empty: none."""
     test: tuple[str, ...] = ()
+    """The same for the test split, which an experiment evaluates on. Training never reads it. Empty: none."""
     label: str = "label"
     """Column with 0 or 1; anything else is an error."""
     row_id: str = "row_id"
@@ -119,20 +143,25 @@ class DataConfig:
     weight: str = ""
     """Column with a positive sample weight; empty: every row weighs 1."""
     dense: tuple[DenseFeature, ...] = ()
+    """Numeric inputs, one `[[data.dense]]` each."""
     sparse: tuple[SparseFeature, ...] = ()
+    """Categorical inputs, one `[[data.sparse]]` each; at least one."""
     shards: int = 8
     """Logical shards the training rows are dealt to. A global batch takes an equal share of every
     shard, so its rows do not depend on the world size, which must divide this."""
     shuffle_rows: int = 131072
     """Rows of the shuffle buffer over all shards; bounds the reader's memory. 0: file order."""
     workers: int = 1
-    """Threads a rank that decode and encode Parquet in the background."""
+    """Threads per rank that decode and encode Parquet in the background."""
     prefetch: int = 4
-    """Batches kept ready a rank."""
+    """Batches kept ready per rank."""
 
     def problems(self) -> Problems:
-        if not self.dense and not self.sparse:
-            yield "sparse", "declare at least one dense or sparse feature"
+        if not self.sparse:
+            yield "sparse", "at least one sparse feature is needed: TorchRec shards and trains embedding tables"
+        for field in ("label", "row_id", "user_id"):
+            if not getattr(self, field):
+                yield field, "must name a column"
         keys = [f.key for f in self.sparse]
         for key in sorted({k for k in keys if keys.count(k) > 1}):
             yield "sparse", f"two features are named '{key}'; give one of them a name of its own"

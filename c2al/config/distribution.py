@@ -15,6 +15,7 @@ class TableConfig:
     """Sharding constraints of one embedding table."""
 
     name: str
+    """Name of the sparse feature whose table it is."""
     sharding: tuple[Sharding, ...] = ()
     """Types the planner may choose from; empty: dist.sharding."""
     min_partition: int = 0
@@ -26,22 +27,26 @@ class DistConfig:
     """Process group, sharding and communication."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
     sharding: tuple[Sharding, ...] = ("table_wise", "row_wise")
     """Types the planner may choose from for every table not named in `tables`. data_parallel
     tables are trained by row-wise Adagrad outside the fused kernel."""
     tables: tuple[TableConfig, ...] = ()
+    """Constraints of single tables, one `[[dist.tables]]` each."""
     plan: str = ""
     """JSON plan file, as a run saves it; replaces the planner."""
     local_world_size: int = 0
-    """Ranks a host in the planner's topology; 0: as launched."""
+    """Ranks per host in the planner's topology; 0: as launched."""
     hbm_gib: float = 0.0
-    """Device memory a rank in the planner's topology; 0: the device's."""
+    """Device memory per rank in the planner's topology, in GiB; 0: the device's."""
     ddr_gib: float = 8.0
-    """Host memory a rank in the planner's topology."""
+    """Host memory per rank in the planner's topology, in GiB."""
     forward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Type in which pooled embeddings travel between ranks."""
     backward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Type in which their gradients travel between ranks."""
     timeout_seconds: float = 600.0
-    """Longest wait of a collective before the run ends with an error."""
+    """Longest wait of a collective, in seconds, before the run ends with an error."""
 
     def problems(self) -> Problems:
         if not self.sharding:

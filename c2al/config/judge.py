@@ -22,6 +22,8 @@ class DiscoverConfig:
     confidence: float = 0.95
     """Family-wise confidence of the lower bounds."""
     correction: Literal["holm", "bonferroni"] = "bonferroni"
+    """Correction of the bounds for the number of pairs. bonferroni: all bounds hold together. holm: step-down, which
+    finds more pairs above 0, but its bounds are tests only."""
     max_cohorts: int = 4096
     """Cohorts one axis may have."""
     prediction: str = "prediction"
@@ -33,7 +35,7 @@ class DiscoverConfig:
     cut_tolerance: float = 0.05
     """How far the share of rows between two percentile cuts may be from the one asked for (ties)."""
     threads: int = 1
-    """Worker threads a rank."""
+    """Worker threads per rank."""
     checkpoint_seconds: float = 60.0
     """Seconds between saves of the accumulators; a killed scan goes on from the last one."""
 
@@ -55,7 +57,7 @@ class EvaluateConfig:
     replicates: int = 1000
     """Bootstrap replicates over users."""
     confidence: float = 0.95
-    """Two-sided, of every interval."""
+    """Two-sided confidence of every interval."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:
@@ -69,7 +71,7 @@ class Arm:
     """One way of training that an experiment compares with the baseline."""
 
     name: str
-    """Letters, digits, "-" and "_"; "baseline" is taken."""
+    """What the arm is called: letters, digits, "-" and "_". "baseline" is taken."""
     cohorts: Literal["none", "chosen", "random", "least", "shuffled", "one", "file"] = "chosen"
     """Where the auxiliary cohorts come from. chosen: the pair that discovery chose. random: a pair drawn
     from all pairs of the minimum size. least: the least divergent pair of the minimum size. shuffled: the
@@ -84,7 +86,7 @@ class Arm:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that differ from the baseline's, by dotted name: {"train.optimizer.dense_lr" = 0.002}."""
     select: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings to choose from, by dotted name: {"train.lambda" = [0.1, 0.3, 1.0]}. Every combination is
+    """Settings to choose from, by dotted name: {"train.auxiliary_lambda" = [0.1, 0.3, 1.0]}. Every combination is
     trained on every seed; the one of lowest mean validation NE is kept. Test data play no part."""
 
     def problems(self) -> Problems:
@@ -95,6 +97,8 @@ class Arm:
         if self.draw < 0:
             yield "draw", f"must not be negative, is {self.draw}"
         yield from _setting_problems("overrides", self.overrides)
+        if self.auxiliary_lambda <= 0:
+            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"
         yield from _grid_problems("select", self.select)
         for key in sorted(flat_settings(self.overrides).keys() & flat_settings(self.select).keys()):
             yield "select", f"'{key}' is in overrides too"
@@ -134,6 +138,8 @@ class ExperimentConfig:
 
     seeds: tuple[int, ...] = (0,)
     """Every arm is trained with each seed; the arms of a seed share initialisation and data order."""
+    auxiliary_lambda: float = 0.3
+    """lambda of the arms with auxiliary cohorts that do not set train.auxiliary_lambda themselves."""
     discover_on: Literal["validation", "train"] = "validation"
     """Split whose baseline scores cohorts are discovered on."""
     select: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -142,4 +148,6 @@ class ExperimentConfig:
     def problems(self) -> Problems:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             yield "seeds", f"must be distinct, not negative and not empty, is {list(self.seeds)}"
+        if self.auxiliary_lambda <= 0:
+            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"
         yield from _grid_problems("select", self.select)

@@ -1,8 +1,9 @@
 """One TOML file -> strict validation -> frozen dataclasses, and back.
 
 ``load_config`` reports every problem at once, each with its dotted path. Nothing is read from
-the environment, nothing is mutated after loading, and ``dump_config`` writes a file that loads
-equal.
+the environment, nothing is mutated after loading, and ``dump_config`` writes text that parses back
+equal. A saved file holds no secrets: ``save_config`` writes ``redacted_config``, which is what
+a resumed job compares.
 """
 
 import dataclasses
@@ -10,12 +11,16 @@ import os
 import tomllib
 import typing
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from c2al.config.schema import Config
 from c2al.errors import ConfigError
 from c2al.files import write_atomically
+from c2al.text import redacted
 from c2al.typed import build
+
+T = typing.TypeVar("T")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -27,24 +32,31 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises ConfigError with every problem, each with file and dotted path.
     """
     try:
-        with open(path, "rb") as f:
-            tree = tomllib.load(f)
+        # utf-8-sig: some editors begin a file with a byte order mark.
+        tree = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: not a readable TOML file: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:  # not TOML, not UTF-8, an integer of 5,000 digits, a thousand brackets
         raise ConfigError(f"{path}: not a readable TOML file: {e}") from e
     return parse_config(tree, overrides, source=str(path))
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> Config:
     """Validates a parsed TOML tree; `source` names it in messages. Raises ConfigError."""
+    return parse_sections(Config, tree, overrides, source)
+
+
+def parse_sections(kind: type[T], tree: dict[str, Any], overrides: Sequence[str], source: str) -> T:
+    """`parse_config` for a job that needs only some sections: `kind` is a dataclass of these."""
     problems: list[str] = []
     for path, value in _parse_overrides(overrides, problems):
         _apply(tree, path, value, problems)
-    config = build(Config, tree, "", problems)
+    sections = build(kind, tree, "", problems)
     if problems:
         raise ConfigError([f"{source}: {p}" for p in problems])
-    return typing.cast(Config, config)
+    return typing.cast(T, sections)
 
 
 def dump_config(config: Any) -> str:
@@ -55,12 +67,33 @@ def dump_config(config: Any) -> str:
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes the resolved config atomically."""
-    write_atomically(path, dump_config(config))
+    """Writes the resolved config atomically, without the secrets in its URIs. Raises OutputError."""
+    write_atomically(path, dump_config(redacted_config(config)))
+
+
+def redacted_config(config: Config) -> Config:
+    """`config` without the secrets in its URIs: what `save_config` writes, and therefore what a saved one equals.
+
+    load_config(run / "config.toml") == redacted_config(config)
+    """
+    return typing.cast(Config, _redacted(config))
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, tuple):
+        return tuple(_redacted(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _redacted(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _redacted(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with dotted fields changed, e.g. ``replace(c, **{"train.lambda_head": 0.1})``. Validated again."""
+    """A copy with dotted fields changed, e.g. ``replace(c, **{"train.auxiliary_lambda": 0.1})``. Validated again."""
     tree = tomllib.loads(dump_config(config))
     problems: list[str] = []
     for path, value in changes.items():
@@ -71,7 +104,7 @@ def replace(config: Config, **changes: Any) -> Config:
 
 
 def _parse_overrides(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
-    rest = list(words)
+    rest, seen = list(words), set[str]()
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -83,18 +116,30 @@ def _parse_overrides(words: Sequence[str], problems: list[str]) -> Iterator[tupl
                 problems.append(f"command line: --{path} has no value")
                 return
             text = rest.pop(0)
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        yield path, value
+        if path in seen:
+            problems.append(f"command line: --{path} is given twice")
+        seen.add(path)
+        yield path, _override_value(text)
+
+
+def _override_value(text: str) -> Any:
+    """`text` as a TOML value, or as it is where it is none. "1\nx = 2" is no value but two lines."""
+    try:
+        tree = tomllib.loads(f"v = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return tree["v"] if len(tree) == 1 else text
 
 
 def _apply(tree: dict[str, Any], path: str, value: Any, problems: list[str]) -> None:
     *parents, last = path.split(".")
     node = tree
-    for part in parents:
+    for i, part in enumerate(parents):
         child = node.setdefault(part, {})
+        if isinstance(child, list):
+            whole = ".".join(parents[: i + 1])
+            problems.append(f"{path}: '{whole}' is a list, which an override replaces as a whole: --{whole}='[...]'")
+            return
         if not isinstance(child, dict):
             problems.append(f"{path}: '{part}' is not a section that an override can enter")
             return
@@ -107,7 +152,7 @@ def _dump(section: Any, path: str, lines: list[str]) -> None:
     nested = {k: v for k, v in values.items() if dataclasses.is_dataclass(v) or _is_table_array(v)}
     for name, value in values.items():
         if name not in nested and value is not None:
-            lines.append(f"{name} = {_toml(value)}")
+            lines.append(f"{name} = {to_toml(value)}")
     for name, value in nested.items():
         full = f"{path}.{name}" if path else name
         for item in value if isinstance(value, tuple) else (value,):
@@ -119,7 +164,8 @@ def _is_table_array(value: Any) -> bool:
     return isinstance(value, tuple) and bool(value) and dataclasses.is_dataclass(value[0])
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """One value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -127,7 +173,7 @@ def _toml(value: Any) -> str:
         escaped = "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
         return f'"{escaped}"'
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(to_toml(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{to_toml(str(k))} = {to_toml(v)}" for k, v in value.items()) + "}"
     return repr(value)

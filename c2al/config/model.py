@@ -27,7 +27,7 @@ class FMConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """EmbeddingBagCollection -> dense arch -> DHEN -> heads."""
+    """EmbeddingBagCollection -> dense arch -> DHEN -> prediction heads."""
 
     embedding_dim: int = 16
     """d, of every embedding table; a multiple of 4 (fbgemm)."""
@@ -43,23 +43,32 @@ class ModelConfig:
         "cross",
     )
     """Interaction modules of every layer."""
-    ensemble: Literal["concat", "sum"] = "concat"
+    ensemble: Literal["concat", "sum", "stack"] = "concat"
+    """How the interactions' outputs become a layer's. concat: side by side, then a linear map over the fields.
+    sum: added, each after such a map if its number of fields differs. stack: side by side, no map (Wukong)."""
     fields: int = 0
-    """Fields every DHEN layer puts out; 0: as many as it takes in."""
+    """Fields every DHEN layer puts out; 0: as many as it takes in, and with ensemble = "stack" as many as its
+    interactions put out."""
+    tokens: tuple[int, ...] = ()
+    """Fields of every interaction's own output, in the order of `interactions`; empty or 0: fields of the layer.
+    fm_attention and linear have any width; cross and attention put out as many fields as they take in."""
     shortcut: Literal["identity", "linear"] = "identity"
-    """identity needs fields = 0."""
+    """Path around a layer: its input as it is (needs fields = 0 and an ensemble that keeps the number of fields),
+    or a linear map of it."""
     norm: Literal["layer", "rms"] = "layer"
+    """Normalisation of a layer's output: LayerNorm or RMSNorm, over the embedding dimension."""
     cross_rank: int = 16
     """Rank of the DCN-v2 cross weights."""
     attention_heads: int = 2
-    """Heads of the multi-head self-attention; divides embedding_dim."""
+    """Attention heads of the interaction module 'attention'; divides embedding_dim."""
     head_hidden: tuple[int, ...] = (64,)
-    """Hidden units of the primary head."""
+    """Hidden units of the primary prediction head; none: linear in the encoder's features."""
     auxiliary_hidden: tuple[int, ...] = ()
-    """Hidden units of each auxiliary head; none: linear in the encoder's features."""
+    """Hidden units of each auxiliary prediction head; none: linear in the encoder's features."""
     dropout: float = 0.0
-    """Probability, after every DHEN layer."""
+    """Probability that a value is set to 0 in training, after every DHEN layer."""
     fm: FMConfig = FMConfig()
+    """The interaction module 'fm_attention'."""
 
     def problems(self) -> Problems:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
@@ -74,9 +83,23 @@ class ModelConfig:
             yield "fields", f"must not be negative, is {self.fields}"
         if not self.interactions or len(set(self.interactions)) != len(self.interactions):
             yield "interactions", f"must name each module at most once and at least one, is {list(self.interactions)}"
+        yield from self._width_problems()
         if self.attention_heads >= 1 and self.embedding_dim % self.attention_heads:
             yield "attention_heads", f"must divide embedding_dim = {self.embedding_dim}, is {self.attention_heads}"
         if self.fields and self.shortcut == "identity":
             yield "shortcut", "identity needs fields = 0 (a layer that keeps its number of fields)"
         if not 0 <= self.dropout < 1:
             yield "dropout", f"must lie in [0, 1), is {self.dropout}"
+
+    def _width_problems(self) -> Problems:
+        if self.tokens and len(self.tokens) != len(self.interactions):
+            yield "tokens", f"names one width per interaction ({len(self.interactions)}), has {list(self.tokens)}"
+        for name, tokens in zip(self.interactions, self.tokens, strict=False):
+            if tokens < 0:
+                yield "tokens", f"must not be negative, is {tokens} for {name}"
+            if tokens and name in ("cross", "attention"):
+                yield "tokens", f"{name} puts out as many fields as it takes in and takes 0 here, is {tokens}"
+        if self.ensemble == "stack" and self.fields:
+            yield "fields", f"does not go with ensemble = 'stack', whose width follows from tokens; is {self.fields}"
+        if self.ensemble == "stack" and self.shortcut == "identity":
+            yield "shortcut", "must be 'linear' with ensemble = 'stack', which changes the number of fields"

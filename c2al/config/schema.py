@@ -20,15 +20,23 @@ class Config:
     seed: int = 0
     """Fixes data order, initialisation, dropout and resampling."""
     data: DataConfig
+    """Where the impressions lie and what their columns mean."""
     model: ModelConfig = ModelConfig()
+    """The network."""
     train: TrainConfig = TrainConfig()
+    """One training run."""
     dist: DistConfig = DistConfig()
+    """Process group, sharding and communication."""
     axes: tuple[Axis, ...] = ()
+    """Semantic axes, one `[[axes]]` each; scores carry their columns, discovery and evaluation cut rows by them."""
     discover: DiscoverConfig = DiscoverConfig()
+    """Which pair of cohorts becomes head and tail."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """Intervals of the metrics."""
     experiment: ExperimentConfig = ExperimentConfig()
+    """The paired comparison of arms."""
     arms: tuple[Arm, ...] = ()
-    """What an experiment compares with the baseline; empty: C2AL and its placebo."""
+    """What an experiment compares with the baseline, one `[[arms]]` each; empty: C2AL and its placebo."""
 
     def problems(self) -> Problems:
         if self.seed < 0:
@@ -44,11 +52,7 @@ class Config:
         arms = [a.name for a in self.arms]
         for name in sorted({n for n in arms if arms.count(n) > 1}):
             yield "arms", f"arm '{name}' is declared twice"
-        plain = {a.name for a in self.axes if a.kind != "cross"}
-        for i, axis in enumerate(self.axes):
-            for part in axis.cross:
-                if part not in plain:
-                    yield f"axes[{i}].cross", f"unknown axis '{part}'{hint(part, plain)}"
+        yield from self._cross_problems()
         for name in self.discover.axes:
             if name not in names:
                 yield "discover.axes", f"unknown axis '{name}'{hint(name, names)}"
@@ -56,3 +60,17 @@ class Config:
         for i, table in enumerate(self.dist.tables):
             if table.name not in keys:
                 yield f"dist.tables[{i}].name", f"no sparse feature is named '{table.name}'{hint(table.name, keys)}"
+
+    def _cross_problems(self) -> Problems:
+        kinds = {axis.name: axis.kind for axis in self.axes}
+        plain = {axis.name: axis.column for axis in self.axes if axis.kind != "cross"}
+        for i, axis in enumerate(self.axes):
+            for part in axis.cross:
+                if kinds.get(part) == "cross":
+                    yield f"axes[{i}].cross", f"axis '{part}' is a cross itself; name its axes instead"
+                elif part not in plain:
+                    yield f"axes[{i}].cross", f"unknown axis '{part}'{hint(part, plain)}"
+            columns = [plain[part] for part in dict.fromkeys(axis.cross) if part in plain]
+            for column in sorted({c for c in columns if columns.count(c) > 1}):
+                same = " and ".join(f"'{p}'" for p in axis.cross if plain.get(p) == column)
+                yield f"axes[{i}].cross", f"axes {same} are both on column '{column}'"

@@ -9,22 +9,31 @@ from c2al.typed import Problems
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Fused row-wise Adagrad for the tables, Adam or AdamW for the rest, one schedule for both."""
+    """Fused row-wise Adagrad for the tables, Adam or AdamW for the rest, one decay for both."""
 
     sparse_lr: float = 0.05
+    """Learning rate of the embedding tables, before the schedule."""
     sparse_eps: float = 1e-8
+    """Added to the root of the sum of squared gradients in row-wise Adagrad, against division by 0."""
     sparse_weight_decay: float = 0.0
     """L2 penalty inside the fused row-wise Adagrad update."""
     dense: Literal["adam", "adamw"] = "adamw"
+    """Optimizer of everything but the tables. adam adds weight_decay to the gradient, adamw to the step."""
     dense_lr: float = 1e-3
+    """Learning rate of the dense optimizer, before the schedule."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the dense optimizer's first and second moments, each in [0, 1)."""
     weight_decay: float = 0.0
-    """Of the dense optimizer."""
+    """Weight decay of the dense optimizer."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0 of the dense optimizer."""
+    sparse_warmup_steps: int = 0
+    """Steps of linear warm-up from 0 of the tables. Row-wise Adagrad never forgets: gradients that arrive while the
+    rate is near zero move nothing, fill its sums and slow a table down for the rest of training."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up, to final_lr_fraction at the last step."""
+    """How the learning rates fall after warm-up, to final_lr_fraction at the last step; constant: not at all."""
     final_lr_fraction: float = 0.0
+    """Share of the learning rates that is left at the last step, in [0, 1]."""
     clip_norm: float = 0.0
     """Bound on the global L2 norm of the dense gradients; 0: none. The tables are updated inside
     backward, before a global norm exists, and are not part of it."""
@@ -33,7 +42,7 @@ class OptimizerConfig:
         for field in ("sparse_lr", "dense_lr", "sparse_eps"):
             if not getattr(self, field) > 0 or not math.isfinite(getattr(self, field)):
                 yield field, f"must be a positive number, is {getattr(self, field)}"
-        for field in ("weight_decay", "sparse_weight_decay", "warmup_steps", "clip_norm"):
+        for field in ("weight_decay", "sparse_weight_decay", "warmup_steps", "sparse_warmup_steps", "clip_norm"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
         if not all(0 <= b < 1 for b in self.betas):
@@ -49,6 +58,7 @@ class CheckpointConfig:
     every_steps: int = 0
     """Steps between checkpoints; 0: only at the end of training."""
     keep_last: int = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
     keep_best: int = 1
     """Checkpoints of lowest validation NE kept besides the last ones."""
     asynchronous: bool = True
@@ -71,11 +81,24 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose dense gradients are summed before one optimizer step."""
     epochs: int = 1
+    """Passes over the training split."""
     max_steps: int = 0
     """Steps after which training ends before its epochs are over; 0: no bound."""
-    lambda_head: float = 0.0
-    """Weight of the head cohort's auxiliary loss; 0 with lambda_tail = 0: no auxiliary heads."""
-    lambda_tail: float = 0.0
+    auxiliary_lambda: float = 0.0
+    """lambda of Eq. 4: weight of the auxiliary loss of every chosen cohort that `lambdas` does not name. All 0: no
+    auxiliary prediction heads."""
+    lambdas: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Chosen cohorts with a lambda of their own, by name, e.g. {head = 0.3, tail = 0.1}."""
+    auxiliary_target: Literal["label", "membership"] = "label"
+    """What an auxiliary prediction head learns. label: y 1[x in cohort] (Eq. 4). membership: 1[x in cohort]."""
+    lambda_schedule: Literal["constant", "warmup", "decay", "early"] = "constant"
+    """Factor on every lambda over the steps of training. warmup: rises from 0 to 1 over the first lambda_share of
+    them. decay: falls from 1 to 0 over the last lambda_share. early: 1 over the first lambda_share, then 0."""
+    lambda_share: float = 0.2
+    """Share of the steps, in (0, 1]; without effect on a constant schedule."""
+    prime_biases: bool = True
+    """Every prediction head's last bias starts at the log-odds of its task's base rate in training. From 0, the
+    first gradients of every embedding row carry the base rate and fill Adagrad's sums with it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the dense part; parameters and losses stay float32."""
     log_every: int = 50
@@ -87,12 +110,18 @@ class TrainConfig:
     profile_steps: int = 0
     """Steps recorded by torch.profiler after the tenth; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Learning rates and their schedule."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written and which are kept."""
 
     @property
     def auxiliary(self) -> bool:
-        """Whether the model carries the head-cohort and tail-cohort heads."""
-        return self.lambda_head > 0 or self.lambda_tail > 0
+        """Whether the model carries auxiliary prediction heads."""
+        return self.auxiliary_lambda > 0 or any(value > 0 for value in self.lambdas.values())
+
+    def lambda_of(self, cohort: str) -> float:
+        """lambda of the chosen cohort of that name, before the schedule."""
+        return self.lambdas.get(cohort, self.auxiliary_lambda)
 
     def problems(self) -> Problems:
         for field in ("batch_size", "accumulate", "epochs", "log_every"):
@@ -104,6 +133,11 @@ class TrainConfig:
                 f"must be a multiple of accumulate = {self.accumulate}: half-summed "
                 f"gradients are not saved; is {self.checkpoint.every_steps}",
             )
-        for field in ("max_steps", "lambda_head", "lambda_tail", "eval_every", "y_every", "profile_steps"):
+        for field in ("max_steps", "auxiliary_lambda", "eval_every", "y_every", "profile_steps"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
+        for name, value in self.lambdas.items():
+            if value < 0:
+                yield f"lambdas.{name}", f"must not be negative, is {value}"
+        if not 0 < self.lambda_share <= 1:
+            yield "lambda_share", f"must lie in (0, 1], is {self.lambda_share}"

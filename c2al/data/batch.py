@@ -9,7 +9,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from c2al.data.encode import Floats, Rows
+from c2al.data.rows import Floats, Rows
 
 
 @dataclasses.dataclass
@@ -24,8 +24,8 @@ class Batch(Pipelineable):  # type: ignore[misc]  # torchrec is untyped
     """float32, 0 or 1."""
     weight_B: torch.Tensor
     """float32; positive, or 0 for a padding row."""
-    member_B2: torch.Tensor
-    """float32, 1 where the row is in the (head, tail) cohort."""
+    member_BC: torch.Tensor
+    """float32, 1 where the row is in the cohort, one column per chosen cohort; C = 0 where none were given."""
     rows: int
     """Real rows of the whole global batch, over all ranks."""
     carried: pa.Table | None
@@ -38,11 +38,11 @@ class Batch(Pipelineable):  # type: ignore[misc]  # torchrec is untyped
             sparse=self.sparse.to(device, non_blocking=non_blocking),
             label_B=self.label_B.to(device, non_blocking=non_blocking),
             weight_B=self.weight_B.to(device, non_blocking=non_blocking),
-            member_B2=self.member_B2.to(device, non_blocking=non_blocking),
+            member_BC=self.member_BC.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
-        for part in (self.dense_BF, self.sparse, self.label_B, self.weight_B, self.member_B2):
+        for part in (self.dense_BF, self.sparse, self.label_B, self.weight_B, self.member_BC):
             part.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
@@ -52,7 +52,7 @@ class Batch(Pipelineable):  # type: ignore[misc]  # torchrec is untyped
             sparse=self.sparse.pin_memory(),
             label_B=self.label_B.pin_memory(),
             weight_B=self.weight_B.pin_memory(),
-            member_B2=self.member_B2.pin_memory(),
+            member_BC=self.member_BC.pin_memory(),
         )
 
 
@@ -82,7 +82,7 @@ def collate(parts: Sequence[Rows], keys: Sequence[str], size: int, rows: int) ->
         ),
         label_B=_padded([p.label_N for p in parts], real, size),
         weight_B=_padded([p.weight_N for p in parts], real, size),
-        member_B2=_padded([p.member_N2 for p in parts], real, size),
+        member_BC=_padded([p.member_NC for p in parts], real, size),
         rows=rows,
         carried=pa.concat_tables(tables) if tables else None,
     )

@@ -65,8 +65,9 @@ class PercentileCuts:
     def finish(self, total: npt.NDArray[np.int64], tolerance: float) -> tuple[float, ...]:
         """Ends pass two: the cuts; cohort i holds [cut i-1, cut i).
 
-        Raises CohortError naming axis and percentiles where ties leave a cohort with a share of the
-        values that is more than `tolerance` away from the one asked for, or with none.
+        Raises CohortError naming axis, cut and share where ties leave a cohort with a share of the
+        values that is more than `tolerance` away from the one asked for, or with none, and where a cut
+        is infinite.
         """
         assert self._bucket_of is not None
         cumulative = np.cumsum(total, axis=1)
@@ -77,17 +78,27 @@ class PercentileCuts:
             cuts.append(_value(int(bucket) << 16 | low))
             below.append(int(before + (of_bucket[low - 1] if low else 0)))
         below.append(self.values)
-        held = np.diff(below) / self.values
+        self._check(cuts, np.diff(below) / self.values, tolerance)
+        return tuple(float(str(c)) for c in cuts)
+
+    def _check(self, cuts: list[np.float32], held: npt.NDArray[np.float64], tolerance: float) -> None:
+        """Raises CohortError for cuts that do not divide the values as asked. `held`: the share of each cohort."""
         bounds = (0.0, *self._percentiles, 100.0)
+        for percentile, cut in zip(self._percentiles, cuts, strict=True):
+            if not np.isfinite(cut):
+                raise CohortError(
+                    f"axis '{self.axis}': the cut at p{percentile:g} is {cut}, since so many values are infinite or "
+                    "beyond float32; write null for what is not known, or choose kind = 'edges'"
+                )
         for i, share in enumerate(held):
             asked = (bounds[i + 1] - bounds[i]) / 100
             if share == 0 or abs(share - asked) > tolerance:
+                shown = ", ".join(f"p{p:g} at {float(str(c)):.9g}" for p, c in zip(bounds[1:-1], cuts, strict=True))
                 raise CohortError(
                     f"axis '{self.axis}': ties leave cohort p{bounds[i]:g}-p{bounds[i + 1]:g} with {share:.1%} of the "
                     f"values instead of {asked:.1%} (discover.cut_tolerance = {tolerance:g}); the cuts would be "
-                    f"{[float(str(c)) for c in cuts]}; choose other percentiles, or kind = 'edges'"
+                    f"{shown}; choose other percentiles, or kind = 'edges' with edges of your own"
                 )
-        return tuple(float(str(c)) for c in cuts)
 
 
 def _value(key: int) -> np.float32:

@@ -14,11 +14,14 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from c2al.config import Axis, DiscoverConfig
-from c2al.data.cohorts import VERSION
-from c2al.discovery.accumulate import Accumulators, cohort_spec, parts
+from c2al.data.cohorts import FORMAT, VERSION
+from c2al.discovery.accumulators import Accumulators
+from c2al.discovery.axes import cohort_spec, parts
 from c2al.discovery.divergence import MEASURES, TINY
 from c2al.discovery.histogram import BINS, COUNT, LOW, NEGATIVE, POSITIVE, Counts, slot_edges
 from c2al.discovery.select import AxisPairs, Choice, choose, compare_axis
+from c2al.text import table as text_table
+from c2al.text import terminal
 
 LISTED_PAIRS = 50
 """Pairs of an axis that cohorts.json lists, by descending lower bound."""
@@ -37,6 +40,7 @@ def describe(accumulators: Accumulators, config: DiscoverConfig) -> dict[str, An
     ]
     total = counts[0].fine_CS22[..., COUNT].sum((0, 1))
     return {
+        "format": FORMAT,
         "version": VERSION,
         "rows": int(total.sum()),
         "positives": int(total[POSITIVE]),
@@ -55,6 +59,7 @@ def describe(accumulators: Accumulators, config: DiscoverConfig) -> dict[str, An
             "cosine": "1 - cosine of the densities over logit(p)",
             "wasserstein": "Wasserstein-1 distance in p",
             "wasserstein_logit": "Wasserstein-1 distance in logit(p)",
+            "value": "corrected for bias; one of 0 or below says that the cohorts differ by about 0",
             "interval": "delete-a-group jackknife by user, two-sided, not corrected for the number of pairs",
             "lower_bound": "of the rule's measure, one-sided, corrected for all tested pairs",
             "ne": "cross-entropy over that of the cohort's positive rate (Normalized Entropy)",
@@ -161,40 +166,42 @@ def rounded(value: float) -> float | None:
     return float(f"{value:.10g}") if math.isfinite(value) else None
 
 
-def table(document: dict[str, Any], pairs: int = 5) -> str:
-    """What cohorts.json says, on a screen: axes by their best pair, each with its first `pairs`."""
-    measure = document["rule"]["measure"]
-
-    def best(axis: dict[str, Any]) -> float:
-        bounds = [p["lower_bound"] for p in axis["pairs"][:1] if p["lower_bound"] is not None]
-        return bounds[0] if bounds else -math.inf
-
+def table(document: dict[str, Any], pairs: int = 5, cohorts: int = 20) -> str:
+    """What cohorts.json says, on a screen: axes by their best pair, each with its first cohorts and pairs."""
     lines = [f"{document['rows']:,} rows, {document['positives']:,} positives"]
-    for axis in sorted(document["axes"], key=best, reverse=True):
-        lines += ["", f"axis {axis['name']}: {len(axis['cohorts'])} cohorts"]
-        rows = {c["name"]: c for c in axis["cohorts"]}
-        widest = max(len(n) for n in rows)
-        lines.append(f"  {'cohort':<{widest}} {'rows':>13} {'rate':>10} {'mean p':>10} {'calibration':>11} {'NE':>8}")
-        by_rows = sorted(rows.values(), key=lambda c: -c["rows"])
-        for c in by_rows[:20]:
-            lines.append(
-                f"  {c['name']:<{widest}} {c['rows']:>13,} {c['positive_rate']:>10.3g} {c['mean_prediction']:>10.3g} "
-                f"{_cell(c['calibration']):>11} {_cell(c['ne']):>8}"
-            )
-        if len(by_rows) > 20:
-            lines.append(f"  and {len(by_rows) - 20} smaller cohorts")
-        for pair in axis["pairs"][:pairs]:
-            value = pair[measure]
-            lines.append(
-                f"  {pair['head']} | {pair['tail']}: {measure} {_cell(value['value'])} "
-                f"[{_cell(value['low'])}, {_cell(value['high'])}], corrected bound {_cell(pair['lower_bound'])}"
-            )
+    for axis in sorted(document["axes"], key=_best_bound, reverse=True):
+        by_rows = sorted(axis["cohorts"], key=lambda c: -c["rows"])
+        lines += ["", f"axis {terminal(axis['name'])}: {len(by_rows)} cohorts"]
+        lines += [f"  {line}" for line in _cohort_lines(by_rows[:cohorts])]
+        if len(by_rows) > cohorts:
+            lines.append(f"  and {len(by_rows) - cohorts} smaller cohorts")
+        lines += [f"  {_pair_line(pair, document['rule']['measure'])}" for pair in axis["pairs"][:pairs]]
     chosen = document["chosen"]
     if chosen["head"] is None:
-        return "\n".join([*lines, "", f"nothing chosen: {chosen['reason']}"])
-    head, tail = chosen["head"], chosen["tail"]
-    return "\n".join(
-        [*lines, "", f"axis {head['axis']}: head {head['name']}, tail {tail['name']} ({chosen['reason']})"]
+        return "\n".join([*lines, "", f"nothing chosen: {terminal(chosen['reason'])}"])
+    axis, head, tail = (terminal(n) for n in (chosen["head"]["axis"], chosen["head"]["name"], chosen["tail"]["name"]))
+    return "\n".join([*lines, "", f"axis {axis}: head {head}, tail {tail} ({terminal(chosen['reason'])})"])
+
+
+def _best_bound(axis: dict[str, Any]) -> float:
+    bounds = [p["lower_bound"] for p in axis["pairs"][:1] if p["lower_bound"] is not None]
+    return bounds[0] if bounds else -math.inf
+
+
+def _cohort_lines(cohorts: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [["cohort", "rows", "rate", "mean p", "calibration", "NE"]]
+    for c in cohorts:
+        numbers = [f"{c['rows']:,}", f"{c['positive_rate']:.3g}", f"{c['mean_prediction']:.3g}"]
+        rows.append([c["name"], *numbers, _cell(c["calibration"]), _cell(c["ne"])])
+    return text_table(rows).splitlines()
+
+
+def _pair_line(pair: dict[str, Any], measure: str) -> str:
+    value = pair[measure]
+    shown = "about 0" if value["value"] is not None and value["value"] <= 0 else _cell(value["value"])
+    return (
+        f"{terminal(pair['head'])} | {terminal(pair['tail'])}: {measure} {shown} "
+        f"[{_cell(value['low'])}, {_cell(value['high'])}], corrected bound {_cell(pair['lower_bound'])}"
     )
 
 

@@ -26,8 +26,9 @@ TINY = 2.0**-25
 """A prediction of 0 or 1 counts as this far from it wherever a logit or a logarithm is needed."""
 
 FOLDED: tuple[Measure, ...] = ("wasserstein", "wasserstein_logit")
-"""Measures that are absolute values of differences: near 0 they are a folded normal, so that their
-noise is of the order of the standard error, not of its square, and a bound needs two-sided quantiles."""
+"""Measures that are sums of absolute differences. Near 0 they behave like the absolute value of a normal
+variable: their noise has the size of the standard error, where that of the others has the size of its
+square. So a bound on them needs two-sided quantiles."""
 
 _CHUNK = 2048
 _Array = npt.NDArray[np.float64]
@@ -101,8 +102,8 @@ class Comparison:
             )
         if not self._group_CGK.shape[1]:
             return Estimates(plain_P, np.full(len(head_P), np.nan))
-        # Noise adds a multiple of 1/n to a smooth measure, of 1/sqrt(n) to a folded one; a leave-out
-        # replicate has 1 - 1/G of the rows, which tells the multiple.
+        # Noise adds c / n to a smooth measure of n rows, c / sqrt(n) to a folded one. A replicate without
+        # one group has (1 - 1/G) n rows; its distance from the full value gives c.
         rate = 0.5 if measure in FOLDED else 1.0
         bias_P = shift_P / GROUPS / ((GROUPS / (GROUPS - 1)) ** rate - 1)
         variance_P = (GROUPS - 1) / GROUPS * (square_P - shift_P**2 / GROUPS)

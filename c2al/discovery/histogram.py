@@ -24,7 +24,7 @@ BINS = 24 * 64
 SLOTS = BINS + 2
 """S: 0, the bins, 1."""
 COARSE = BINS // 4 + 2
-"""K: 0, 16 bins an octave, 1."""
+"""K: 0, 16 bins per octave, 1."""
 GROUPS = 32
 """G, of the delete-a-group jackknife; a row's group is a hash of its user."""
 NEGATIVE, POSITIVE = 0, 1
@@ -32,7 +32,7 @@ COUNT, LOW = 0, 1
 """Last index of `Counts.fine`: rows, and the sum of their low 17 mantissa bits."""
 
 _LOW_BITS = 17
-_LOW_MASK = (1 << _LOW_BITS) - 1
+LOW_MASK = (1 << _LOW_BITS) - 1
 _FIRST = (127 - 24) << (23 - _LOW_BITS)
 """bits >> 17 of 2^-24."""
 _MOST_ROWS = 1 << 23
@@ -205,7 +205,7 @@ def _prepare(bits_R, label_R, place_R):  # type: ignore[no-untyped-def]
         slot = min(max(slot, np.int32(0)), np.int32(SLOTS - 1))
         slot = np.int32(0) if bits == _MINUS_ZERO else slot
         cell = np.uint32(2) * np.uint32(slot) + np.uint32(label == np.float32(1))
-        low = bits & np.uint32(_LOW_MASK) if inside else np.uint32(0)
+        low = bits & np.uint32(LOW_MASK) if inside else np.uint32(0)
         place_R[i] = cell << np.uint32(_LOW_BITS) | low
     return not bad
 
@@ -223,7 +223,7 @@ def _scatter(code_R, place_R, packed):  # type: ignore[no-untyped-def]
     for i in range(len(code_R)):
         place = place_R[i]
         at = np.uint32(code_R[i]) * np.uint32(SLOTS * 2) + (place >> np.uint32(_LOW_BITS))
-        packed[np.uint64(at)] += one + np.uint64(place & np.uint32(_LOW_MASK))
+        packed[np.uint64(at)] += one + np.uint64(place & np.uint32(LOW_MASK))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -1,203 +1,100 @@
-"""The passes of `c2al discover` over Parquet: threads, ranks, progress and checkpoints.
+"""The passes of `c2al discover` over Parquet, shared by ranks and threads.
 
 A pass is a set of row groups. Rank r of W takes the r-th of every W that are left, its threads take
-them one by one; counts are integer sums, so nothing depends on who counted what. A killed scan
-leaves accumulators together with the row groups they hold; the next run with the same inputs, on any
-number of ranks, counts only the others.
+them one by one; counts are integer sums, so nothing depends on who counted what.
 """
 
 import dataclasses
 import functools
-import hashlib
-import json
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from c2al.config import Axis, DiscoverConfig
+from c2al.data.arrow_types import is_text
 from c2al.data.cohorts import numeric
 from c2al.data.source import File
-from c2al.discovery.accumulate import BLOCK_ROWS, Accumulators, BlockScanner, Columns, Cuts, fixed_cuts, plain_axes
+from c2al.discovery.accumulate import BlockScanner
+from c2al.discovery.accumulators import Accumulators
+from c2al.discovery.axes import fixed_cuts, plain_axes
 from c2al.discovery.cuts import PercentileCuts
 from c2al.discovery.histogram import Counts, key_order
+from c2al.discovery.record import ScanRecord
+from c2al.discovery.row_groups import RowGroups
+from c2al.discovery.saved import Unit
+from c2al.discovery.unfinished import Checkpoint, Unfinished
 from c2al.distributed.process import World
-from c2al.errors import C2ALError, CheckpointError, DataError
-from c2al.files import write_atomically
-
-Unit = tuple[int, int]
-"""(file, row group)."""
+from c2al.errors import CheckpointError, DataError
 
 
-def scan(
-    files: Sequence[File],
-    axes: Sequence[Axis],
-    config: DiscoverConfig,
-    columns: Columns,
-    folder: Path,
-    world: World,
-    earlier_cuts: Cuts,
-) -> Accumulators:
+def scan(files: Sequence[File], record: ScanRecord, folder: Path, world: World) -> Accumulators:
     """Counts all rows of `files` over all ranks; the same result on every rank.
 
-    `folder`, shared by the ranks, keeps the checkpoints; the caller removes it once the result is
-    saved. `earlier_cuts`: of percentile axes that keep the cuts of an earlier scan.
+    `record` says what is counted and how. `folder`, shared by the ranks, keeps the checkpoints; the
+    caller removes it once the result is saved.
 
     Raises, on every rank, DataError naming file, row group, row and column, CohortError naming the
-    axis, CheckpointError if `folder` holds the checkpoint of another scan.
+    axis, CheckpointError if `folder` holds the checkpoint of another scan, or a damaged one.
     """
+    axes, config, columns = record.axes, record.settings, record.columns
     read = [columns.prediction, columns.label, *(a.column for a in plain_axes(axes))]
     read = list(dict.fromkeys([*read, columns.user] if config.jackknife else read))
     world.together(lambda: _check_columns(files, read))
-    cuts_file = folder / "cuts.json"
-    identity = _identity(files, axes, config, columns, earlier_cuts)
-    before = world.once(lambda: sorted(str(p) for p in folder.glob("*.npz")))
-    cuts = world.once(lambda: _load_cuts(cuts_file, identity))
+    unfinished = Unfinished(folder, record)
+    before = world.once(unfinished.saved)
+    found = world.once(unfinished.cuts)
+    if found is None and before:
+        raise CheckpointError(f"{before[0]}: there is no cuts.json beside it; remove {folder} to count anew")
+    cuts = found
     if cuts is None:
-        cuts = {**fixed_cuts(axes), **earlier_cuts}
-        open_axes = [a for a in axes if a.kind == "percentiles" and a.name not in cuts]
-        cuts |= _percentile_cuts(files, open_axes, config, world)
-        saved = json.dumps({"identity": identity, "cuts": cuts})
-        world.once(lambda: write_atomically(cuts_file, saved))
+        given = {**fixed_cuts(axes), **record.earlier_cuts}
+        open_axes = [a for a in axes if a.kind == "percentiles" and a.name not in given]
+        cuts = {**given, **_percentile_cuts(files, open_axes, config, world)}
+        world.once(lambda: unfinished.save_cuts(cuts))
 
     def count() -> Accumulators:
-        kept = empty = Accumulators.empty(axes, cuts, config.jackknife)
-        finished: set[Unit] = set()
-        for i, path in enumerate(before):
-            earlier, extra = Accumulators.load(path)
-            _check_identity(path, extra["identity"], identity)
-            finished |= {(file, row_group) for file, row_group in extra["finished"]}
-            if i % world.size == world.rank:
-                kept = kept.plus(earlier.counts)
+        empty = Accumulators.empty(axes, cuts, columns, jackknife=config.jackknife, files=record.files)
+        kept, finished = _counted_before(unfinished, before, empty, world)
         left = [u for u in _units(files) if u not in finished][world.rank :: world.size]
-        own = _Counting(empty, config, columns, folder / f"{len(before):06d}-{world.rank:05d}.npz", identity)
+        own = Checkpoint(empty, folder, len(before), world.rank)
         texts = [a.column for a in plain_axes(axes) if a.kind == "categorical"]
-        _each_row_group(files, left, read, texts, config.threads, "count", own.worker, world.rank == 0)
+        worker = functools.partial(_CountWorker, own, config)
+        RowGroups(files, left, read, texts).feed(worker, config.threads, "count", world.rank == 0)
         return kept.plus(own.total.counts)
 
     return _reduce(world.together(count), world)
 
 
-class _Worker(Protocol):
-    """What one thread does with the row groups it is given."""
+def _counted_before(
+    unfinished: Unfinished, saved: Sequence[Path], empty: Accumulators, world: World
+) -> tuple[Accumulators, set[Unit]]:
+    """(this rank's share of the saved counts, all row groups that the saved counts hold)."""
+    kept, finished = empty, set[Unit]()
+    for i, path in enumerate(saved):
+        earlier, units = unfinished.load(path, empty)
+        if not finished.isdisjoint(units):
+            raise CheckpointError(f"{path}: damaged: it holds row groups that an earlier one holds")
+        finished.update(units)
+        if i % world.size == world.rank:
+            kept = kept.plus(earlier.counts)
+    return kept, finished
 
-    def block(self, block: pa.RecordBatch, first_row: int) -> None:
-        """Takes some rows of a row group, `first_row` the first of them."""
 
-    def finished(self, unit: Unit) -> None:
-        """All rows of a row group have been taken."""
+class _CountWorker:
+    """Counts row groups, and adds them to the rank's checkpoint every now and then."""
 
-    def close(self) -> None:
-        """There is no row group left."""
-
-
-def _each_row_group(
-    files: Sequence[File],
-    units: Sequence[Unit],
-    columns: Sequence[str],
-    texts: Sequence[str],
-    threads: int,
-    name: str,
-    new_worker: Callable[[], _Worker],
-    report: bool,
-) -> None:
-    """Decodes the row groups in `threads` threads and hands them to one worker each.
-
-    An error stops all threads; those of the data get file and row group in front.
-    """
-    todo, lock, stop = iter(units), threading.Lock(), threading.Event()
-    decoding = working = 0.0
-    began = time.perf_counter()
-    total = sum(files[f].row_group_rows[g] for f, g in units)
-    bar = tqdm(total=total, desc=name, unit="row", unit_scale=True, disable=None if report else True)
-
-    def thread() -> None:
-        nonlocal decoding, working
-        worker = new_worker()
-        while not stop.is_set():
-            with lock:
-                unit = next(todo, None)
-            if unit is None:
-                break
-            file, row_group = files[unit[0]], unit[1]
-            start = time.perf_counter()
-            table = file.read(row_group, columns, texts)
-            decoded = time.perf_counter()
-            _feed(table, worker, file.where(row_group))
-            rows = table.num_rows
-            del table  # before the next one is decoded
-            with lock:
-                decoding += decoded - start
-                working += time.perf_counter() - start
-                bar.set_postfix_str(f"{decoding / working:.0%} of the time decoding", refresh=False)
-                bar.update(rows)
-            worker.finished(unit)
-        worker.close()
-
-    def guarded() -> None:
-        try:
-            thread()
-        except BaseException:
-            stop.set()
-            raise
-
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(guarded) for _ in range(threads)]:
-            future.result()
-    if report and working:
-        seconds = time.perf_counter() - began
-        print(
-            f"{name}: {total:,} rows in {seconds:.1f} s, {total / seconds:,.0f} rows/s a rank, "
-            f"{decoding / working:.0%} of the time decoding (the limit)",
-            file=sys.stderr,
+    def __init__(self, checkpoint: Checkpoint, config: DiscoverConfig):
+        empty = checkpoint.total
+        self._scanner = BlockScanner(
+            empty.axes, empty.cuts, empty.columns, cap=config.max_cohorts, jackknife=config.jackknife
         )
-
-
-def _feed(table: pa.Table, worker: _Worker, where: str) -> None:
-    row = 0
-    try:
-        for block in table.to_batches(max_chunksize=BLOCK_ROWS):
-            worker.block(block, row)
-            row += block.num_rows
-    except C2ALError as e:
-        raise type(e)(f"{where}: {e}") from e
-
-
-class _Counting:
-    """One rank's counts, saved together with the row groups they hold."""
-
-    def __init__(self, empty: Accumulators, config: DiscoverConfig, columns: Columns, path: Path, identity: str):
-        self.total = empty
-        self.config = config
-        self._units: list[Unit] = []
-        self._columns, self._path, self._identity = columns, path, identity
-        self._lock = threading.Lock()
-
-    def worker(self) -> "_CountingWorker":
-        cap, jackknife = self.config.max_cohorts, self.config.jackknife
-        scanner = BlockScanner(self.total.axes, self.total.cuts, self._columns, cap=cap, jackknife=jackknife)
-        return _CountingWorker(scanner, self)
-
-    def add(self, counts: tuple[Counts, ...], units: Sequence[Unit]) -> None:
-        """Adds finished row groups and their counts."""
-        with self._lock:
-            self.total = self.total.plus(counts)
-            self._units += units
-            self.total.save(self._path, identity=self._identity, finished=self._units)
-
-
-class _CountingWorker:
-    def __init__(self, scanner: BlockScanner, counting: _Counting):
-        self._scanner, self._counting = scanner, counting
+        self._checkpoint, self._seconds = checkpoint, config.checkpoint_seconds
         self._units: list[Unit] = []
         self._saved = time.monotonic()
 
@@ -206,12 +103,12 @@ class _CountingWorker:
 
     def finished(self, unit: Unit) -> None:
         self._units.append(unit)
-        if time.monotonic() - self._saved >= self._counting.config.checkpoint_seconds:
+        if time.monotonic() - self._saved >= self._seconds:
             self.close()
 
     def close(self) -> None:
         if self._units:
-            self._counting.add(self._scanner.take(), self._units)
+            self._checkpoint.add(self._scanner.take(), self._units)
         self._units, self._saved = [], time.monotonic()
 
 
@@ -257,7 +154,7 @@ def _percentile_cuts(
         def work() -> None:
             read = list(dict.fromkeys(columns))
             worker = functools.partial(_CutWorker, cuts, columns, totals, lock)
-            _each_row_group(files, units, read, (), config.threads, name, worker, world.rank == 0)
+            RowGroups(files, units, read).feed(worker, config.threads, name, world.rank == 0)
 
         world.together(work)
         return [world.all_sum(torch.from_numpy(t)).numpy() for t in totals]
@@ -293,8 +190,10 @@ def _check_columns(files: Sequence[File], columns: Sequence[str]) -> None:
     kinds: dict[str, tuple[str, str]] = {}
     for file in files:
         for column in columns:
-            if column not in file.schema.names:
-                raise DataError(f"{file.name}: column '{column}' is missing, there are {file.schema.names}")
+            there = file.schema.names.count(column)
+            if there != 1:
+                what = "is missing" if not there else f"is there {there} times"
+                raise DataError(f"{file.name}: column '{column}' {what}, there are {file.schema.names}")
             kind = _kind(file.schema.field(column).type)
             first, name = kinds.setdefault(column, (kind, file.name))
             if kind != first:
@@ -305,35 +204,9 @@ def _kind(kind: pa.DataType) -> str:
     if pa.types.is_dictionary(kind):
         return _kind(kind.value_type)
     families = {
-        "text": (pa.types.is_string, pa.types.is_large_string),
+        "text": (is_text,),
         "bools": (pa.types.is_boolean,),
         "integers": (pa.types.is_integer,),
         "floats": (pa.types.is_floating,),
     }
     return next((name for name, tests in families.items() if any(t(kind) for t in tests)), str(kind))
-
-
-def _identity(
-    files: Sequence[File], axes: Sequence[Axis], config: DiscoverConfig, columns: Columns, earlier_cuts: Cuts
-) -> str:
-    """Digest of what a scan's counts depend on; a checkpoint of another one must not be continued."""
-    inputs = [[f.name, f.row_group_rows] for f in files]
-    settings = [config.jackknife, config.cut_tolerance, dataclasses.asdict(columns), dict(earlier_cuts)]
-    text = json.dumps([inputs, [dataclasses.asdict(a) for a in axes], settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _load_cuts(path: Path, identity: str) -> dict[str, tuple[float, ...]] | None:
-    """The cuts an interrupted scan found, if it got so far."""
-    if not path.exists():
-        return None
-    saved = json.loads(path.read_text())
-    _check_identity(path, saved["identity"], identity)
-    return {name: tuple(values) for name, values in saved["cuts"].items()}
-
-
-def _check_identity(path: Path | str, found: str, identity: str) -> None:
-    if found != identity:
-        raise CheckpointError(
-            f"{path}: belongs to a scan of other files, axes or columns; remove it or choose another --output"
-        )

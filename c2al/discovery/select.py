@@ -4,8 +4,9 @@ Legend: P pairs of one axis, M tested pairs of all axes together.
 
 Pairs are ranked by a one-sided lower confidence bound of the rule's divergence, corrected for all M
 pairs that are tested, so a small cohort cannot win by its noise and nothing is chosen where all
-cohorts are alike. The Wasserstein rules only rank: an absolute value of differences is never quite at
-ease near 0 (5 to 8% of null data sets had a pair "above" it), so their pair must differ by `js` too.
+cohorts are alike. The Wasserstein distances are never negative, and noise alone makes them positive: of
+data sets without any difference, 5 to 8% had a pair whose bound was above 0. So under a Wasserstein rule
+the chosen pair must differ by `js` too, whose bound holds its error.
 """
 
 import dataclasses
@@ -78,49 +79,63 @@ def compare_axis(axis: str, counts: Counts, config: DiscoverConfig) -> AxisPairs
 
 def choose(axes: Sequence[AxisPairs], config: DiscoverConfig) -> Choice:
     """Bounds and choice over all axes; ties go to the axis and pair that come first."""
-    tested = [a.eligible_P & np.isfinite(a.rule.error_P) & (a.freedom_P >= 1) for a in axes]
-    count = int(sum(t.sum() for t in tested))
-    freedom_M = _joined([a.freedom_P[t] for a, t in zip(axes, tested, strict=True)])
-
-    def bounds(estimates: Sequence[Estimates], alpha: float) -> tuple[_Floats, ...]:
-        value_M, error_M = (
-            _joined([getattr(e, name)[t] for e, t in zip(estimates, tested, strict=True)])
-            for name in ("value_P", "error_P")
-        )
-        bound_M = lower_bounds(value_M, error_M, freedom_M, alpha, config.correction)
-        whole, rest = tuple(np.full(len(t), np.nan) for t in tested), bound_M
-        for bound_P, t in zip(whole, tested, strict=True):
-            bound_P[t], rest = rest[: t.sum()], rest[t.sum() :]
-        return whole
-
+    tested = _Tested(axes, config.correction)
     alpha = 1 - config.confidence
-    folded = config.rule in FOLDED
-    rule = bounds([a.rule for a in axes], alpha / 2 if folded else alpha)
-    if not count:
+    if config.rule not in FOLDED:
+        rule = js = tested.bounds([a.rule for a in axes], alpha)
+    else:
+        rule = tested.bounds([a.rule for a in axes], alpha / 2)
+        js = tested.bounds([a.js for a in axes], alpha)
+    if not tested.count:
         return Choice(rule, 0, None, _why_untested(axes, config))
-    js = bounds([a.js for a in axes], alpha) if folded else rule
-    beyond = [np.where((b > 0) & (d > 0), b, np.nan) for b, d in zip(rule, js, strict=True)]
-    at = _largest(beyond) or _largest(rule)
+    confirmed = [np.where((b > 0) & (d > 0), b, np.nan) for b, d in zip(rule, js, strict=True)]
+    chosen = _largest(confirmed)
+    at = chosen or _largest(rule)
     assert at is not None
+    axis, pair = at
     found = (
-        f"{config.rule} lower bound {rule[at[0]][at[1]]:.6g} at confidence {config.confidence:.6g} family-wise "
-        f"over {count} pairs ({config.correction})"
+        f"{config.rule} lower bound {rule[axis][pair]:.6g} at confidence {config.confidence:.6g} family-wise "
+        f"over {tested.count} pairs ({config.correction})"
     )
-    if beyond[at[0]][at[1]] > 0:
-        return Choice(rule, count, at, f"largest {found}" + (", and by js it differs too" if folded else ""))
-    why = "is not above 0" if not rule[at[0]][at[1]] > 0 else f"is above 0, but js is not: {js[at[0]][at[1]]:.6g}"
-    reason = f"no pair differs beyond noise: the largest {found}, on axis '{axes[at[0]].axis}', {why}"
-    return Choice(rule, count, None, reason)
+    if chosen is not None:
+        also = ", and by js it differs too" if config.rule in FOLDED else ""
+        return Choice(rule, tested.count, chosen, f"largest {found}{also}")
+    why = f"is above 0, but js is not: {js[axis][pair]:.6g}" if rule[axis][pair] > 0 else "is not above 0"
+    reason = f"no pair differs beyond noise: the largest {found}, on axis '{axes[axis].axis}', {why}"
+    return Choice(rule, tested.count, None, reason)
+
+
+class _Tested:
+    """The pairs that are tested: eligible, and with an error that the jackknife could estimate."""
+
+    def __init__(self, axes: Sequence[AxisPairs], correction: str):
+        self._of_axis = [a.eligible_P & np.isfinite(a.rule.error_P) & (a.freedom_P >= 1) for a in axes]
+        self._freedom_M = self._joined([a.freedom_P for a in axes])
+        self._correction = correction
+        self.count = len(self._freedom_M)
+        """M."""
+
+    def bounds(self, estimates: Sequence[Estimates], alpha: float) -> tuple[_Floats, ...]:
+        """For each axis the lower bounds of its pairs, corrected for all M: (P,), NaN for untested pairs."""
+        value_M = self._joined([e.value_P for e in estimates])
+        error_M = self._joined([e.error_P for e in estimates])
+        rest = lower_bounds(value_M, error_M, self._freedom_M, alpha, self._correction)
+        found = []
+        for tested_P in self._of_axis:
+            bound_P, count = np.full(len(tested_P), np.nan), int(tested_P.sum())
+            bound_P[tested_P], rest = rest[:count], rest[count:]
+            found.append(bound_P)
+        return tuple(found)
+
+    def _joined(self, values: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """The tested pairs' values of all axes: (M,)."""
+        return np.concatenate([*(v[t] for v, t in zip(values, self._of_axis, strict=True)), np.empty(0)])
 
 
 def _largest(values: Sequence[_Floats]) -> tuple[int, int] | None:
     """(axis, pair) of the largest number, of equals the first; None if all are NaN."""
     best = [(i, int(np.nanargmax(v))) for i, v in enumerate(values) if not np.isnan(v).all()]
     return max(best, key=lambda at: values[at[0]][at[1]], default=None)
-
-
-def _joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.concatenate([*parts, np.empty(0)])
 
 
 def lower_bounds(value_M: _Floats, error_M: _Floats, freedom_M: _Floats, alpha: float, correction: str) -> _Floats:

@@ -1,33 +1,37 @@
-"""One optimizer over a sharded model: fused row-wise Adagrad in the tables' backward, Adam or AdamW
-for the rest, one schedule for both.
+"""One optimizer over a sharded model.
+
+The tables are trained by row-wise Adagrad, fused into their backward. The rest is trained by Adam or
+AdamW. Both learning rates decay alike; each has its own warm-up.
 
 Row-wise Adagrad, for the gradient g of a row of D columns: m += mean(g^2); w -= lr * g / (sqrt(m) + eps).
-A table split by columns keeps one m for each column block, over the mean of that block's columns: the
-number of column blocks belongs to the arithmetic of a run, the number of ranks does not.
+A table that is split by columns keeps one m per row and column block, and the mean is over the columns
+of that block. Another number of column blocks therefore trains other weights; another number of ranks
+does not.
 
 A fused table is updated by every backward. Where batches are accumulated before a step, a data_parallel
 table is updated once, by their summed gradient, like the dense part.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from c2al.config import OptimizerConfig
-from c2al.distributed.sharding import local_tables
+from c2al.distributed.tables import local_tables
 
 
-def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Factor on both learning rates at `step` (from 0): linear warm-up, 1, then decay to
-    final_lr_fraction at step total_steps - 1."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
+def learning_rate_scale(config: OptimizerConfig, step: int, total_steps: int, warmup_steps: int) -> float:
+    """Factor on a learning rate at `step`, which counts from 0.
+
+    It rises linearly to 1 in the warm-up, then decays to final_lr_fraction at step total_steps - 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
     if config.decay == "constant":
         return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     remaining = 1 - progress if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining
 
@@ -57,8 +61,8 @@ class Optimizer:
         self._adam = kind(
             list(self._dense.values()), lr=config.dense_lr, betas=config.betas, weight_decay=config.weight_decay
         )
-        # Adam makes its state at the first step; a checkpoint loaded before that would have nowhere
-        # to go and be dropped without a word.
+        # Adam makes its state at the first step. A checkpoint that is loaded before that step would be
+        # dropped without a word.
         for p in self._dense.values():
             self._adam.state[p] = {
                 "step": torch.tensor(0.0),
@@ -71,8 +75,12 @@ class Optimizer:
     @property
     def learning_rates(self) -> tuple[float, float]:
         """(tables, dense) of the coming step."""
-        scale = learning_rate_scale(self._config, self.steps, self._total_steps)
-        return self._config.sparse_lr * scale, self._config.dense_lr * scale
+        c = self._config
+        sparse, dense = (
+            learning_rate_scale(c, self.steps, self._total_steps, warmup)
+            for warmup in (c.sparse_warmup_steps, c.warmup_steps)
+        )
+        return c.sparse_lr * sparse, c.dense_lr * dense
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients; TorchRec's gradient accumulation passes the flag as torch's optimizers take it."""
@@ -96,12 +104,12 @@ class Optimizer:
         """Adam's live state tensors, named PARAMETER.step, .exp_avg and .exp_avg_sq."""
         return {f"{name}.{key}": value for name, p in self._dense.items() for key, value in self._adam.state[p].items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """What is neither in `dense_state`, `replicated_moments` nor in the tables' fused state."""
         return {"steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = int(state["steps"])
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
         self._schedule()
 
     def _schedule(self) -> None:
@@ -113,15 +121,15 @@ class Optimizer:
 
     @torch.no_grad()
     def _row_wise_adagrad(self, weight_RD: torch.Tensor, grad_RD: torch.Tensor, moment_R: torch.Tensor) -> None:
-        """The fused kernel's update: a row no gradient reached is left alone, weight decay included."""
-        touched = (grad_RD != 0).any(dim=1).nonzero().squeeze(1)
-        weight, grad = weight_RD[touched], grad_RD[touched]
+        """The fused kernel's update. A row that no gradient reached is left alone, weight decay included."""
+        touched_R = (grad_RD != 0).any(dim=1)
         if self._config.sparse_weight_decay:
-            grad = grad + self._config.sparse_weight_decay * weight
-        moment = moment_R[touched] + grad.square().mean(dim=1)
-        rate = self.learning_rates[0] / (moment.sqrt() + self._config.sparse_eps)
-        moment_R[touched] = moment
-        weight_RD[touched] = weight - rate[:, None] * grad
+            grad_RD = grad_RD + self._config.sparse_weight_decay * weight_RD * touched_R[:, None]
+        # Rows that were not touched have a gradient of 0, which leaves both as they are. Taking the
+        # touched rows out would wait for the device in every step, to learn how many there are.
+        moment_R += grad_RD.square().mean(dim=1)
+        rate_R = self.learning_rates[0] / (moment_R.sqrt() + self._config.sparse_eps)
+        weight_RD -= torch.where(touched_R, rate_R, 0.0)[:, None] * grad_RD
 
 
 def make_optimizer(dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> Optimizer:

@@ -1,7 +1,8 @@
 """The process group: one process as it is, or as many as torchrun or TorchX launched.
 
-Every rank leaves a failure together: `World.agree` turns an error of one rank into the same error
-on all of them, so that nobody waits in a collective for a rank that has given up.
+All ranks end alike. `World.agree` turns an error of one rank into the same error on every rank. An
+error that one rank meets alone is left in the store of the process group, where the others find it
+when their collectives fail.
 """
 
 import contextlib
@@ -10,26 +11,29 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from c2al import errors
 from c2al.config import DistConfig
-from c2al.errors import BackendError, C2ALError, ConfigError, TrainingError
+from c2al.distributed.patience import MAIN, Board, describe, described
+from c2al.errors import BackendError, ConfigError, OutputError, TrainingError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """Environment variable that makes torchrun start every attempt with a store of its own."""
+CLOSE_SECONDS = 30.0
+"""What a background write gets to end after an error, before the process leaves without it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place among the ranks, and the few collectives a job needs beside the model's own."""
+    """This rank's place among the ranks, and the collectives that a job needs beside those of the model."""
 
     rank: int
     size: int
@@ -40,6 +44,9 @@ class World:
     timeout: datetime.timedelta
     control: dist.ProcessGroup
     """gloo group of all ranks; carries Python objects and CPU tensors whatever the device is."""
+    board: Board
+    """Where ranks leave word for each other outside the collectives."""
+    _closers: list[Callable[[float], bool]] = field(default_factory=list)
 
     def broadcast(self, value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
         """`value` of rank `source`, on every rank (pickled)."""
@@ -48,19 +55,33 @@ class World:
         return box[0]
 
     def together(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any."""
-        error: BaseException | None = None
-        try:
-            result = function()
-        except Exception as e:
-            error = e
+        """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any.
+
+        `function` may take any time: the other ranks wait for as long as this one shows that it is
+        alive. One that takes minutes should call `board.raise_if_another_left` now and then.
+        An OSError becomes an OutputError, so that every rank leaves with the same exit code.
+        """
+        result, error = self.board.round(function, group.group_name if group else MAIN)
         self.agree(error, group)
-        return result
+        return cast(T, result)
 
     def once(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it."""
+        """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it.
+
+        It may take any time, as in `together`.
+        """
         result = self.together(lambda: function() if self.rank == 0 else None, group)
         return cast(T, self.broadcast(result, group=group))
+
+    def share(self, items: Sequence[Item], function: Callable[[Item], T]) -> list[T]:
+        """`function` of every item, in order, on every rank (pickled). Rank r works on every size-th item from r.
+
+        `items` must be the same on every rank. Raises on every rank if `function` does on any.
+        """
+        mine = self.together(lambda: [function(item) for item in items[self.rank :: self.size]])
+        everyone: list[list[T]] = [[]] * self.size
+        dist.all_gather_object(everyone, mine, group=self.control)
+        return [everyone[i % self.size][i // self.size] for i in range(len(items))]
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum of `tensor` over the ranks, in place, on every rank. CPU or device tensor."""
@@ -74,24 +95,31 @@ class World:
         """Another gloo group of all ranks, for collectives from a background thread. Collective."""
         return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self.timeout))
 
+    def before_leaving(self, close: Callable[[float], bool]) -> None:
+        """Has `close(seconds)` called before the process group is destroyed, also after an error.
+
+        It must end what uses the group in the background and return whether that ended in time.
+        Destroying a group that a thread still uses aborts the process.
+        """
+        self._closers.append(close)
+
     def agree(self, error: BaseException | None, group: dist.ProcessGroup | None = None) -> None:
         """Raises on every rank if `error` is set on any; collective.
 
-        A rank with an error of its own raises that; the others raise the first rank's, with its
-        class where it is one of ours (so the exit code is the same everywhere) and its rank in front.
+        A rank with an error of its own raises that. The others raise the first rank's error, with the
+        rank in front of the message and with its class where that is one of ours, so that the exit
+        code is the same on every rank. An OSError becomes an OutputError.
         """
-        report = None if error is None else (type(error).__name__, str(error) or repr(error))
+        report = None if error is None else describe(error)
         reports: list[tuple[str, str] | None] = [None] * self.size
         dist.all_gather_object(reports, report, group=group or self.control)
+        if isinstance(error, OSError) and report is not None:
+            raise OutputError(report[1]) from error
         if error is not None:
             raise error
         for rank, other in enumerate(reports):
             if other is not None:
-                name, message = other
-                kind = getattr(errors, name, None)
-                if isinstance(kind, type) and issubclass(kind, C2ALError):
-                    raise kind(f"rank {rank}: {message}")
-                raise TrainingError(f"rank {rank}: {name}: {message}")
+                raise described(rank, *other)
 
     def seed_step(self, seed: int, step: int) -> None:
         """Makes every random draw of this step (dropout) a function of (seed, step, rank).
@@ -119,17 +147,18 @@ def process_group(config: DistConfig) -> Iterator[World]:
     adopted = dist.is_initialized()
     if not adopted:
         _initialise("nccl" if device.type == "cuda" else "gloo", timeout)
+    world: World | None = None
     try:
         size = dist.get_world_size()
         local_size = config.local_world_size or int(os.environ.get("LOCAL_WORLD_SIZE", size))
         if size % local_size:
-            raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks a host")
+            raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks per host")
         # TorchRec reads the host's size from the environment wherever it splits rows within a host;
         # the plan and the runtime must mean the same number.
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank() % local_size))
         control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() != "gloo" else dist.group.WORLD
-        yield World(
+        world = World(
             rank=dist.get_rank(),
             size=size,
             local_rank=local_rank,
@@ -137,17 +166,34 @@ def process_group(config: DistConfig) -> Iterator[World]:
             device=device,
             timeout=timeout,
             control=cast(dist.ProcessGroup, control),
+            board=Board(dist.get_rank(), size, timeout.total_seconds(), cast(dist.ProcessGroup, control)),
         )
-    except RuntimeError as e:
-        if isinstance(e, dist.DistError) or "gloo" in str(e):
-            raise TrainingError(
-                f"rank {dist.get_rank()}: a collective failed, another rank is gone or was silent for "
-                f"{timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
-            ) from e
-        raise
+        with _alike(world):
+            yield world
     finally:
-        if not adopted:
+        closed = [close(CLOSE_SECONDS) for close in world._closers] if world else []
+        if not adopted and all(closed):
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _alike(world: World) -> Iterator[None]:
+    """Lets an error of the block end every rank with the same error, wherever the others are just now."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            world.board.leave_error(e)
+            raise
+        if (cause := world.board.error_of_another()) is not None:
+            raise cause from e
+        raise TrainingError(
+            f"rank {world.rank}: a collective failed, another rank is gone or was silent for "
+            f"{world.timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
+        ) from e
+    except BaseException as e:
+        world.board.leave_error(e)
+        raise
 
 
 def _device(choice: str, local_rank: int) -> torch.device:
@@ -193,8 +239,10 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
 
 
 def _hush_the_stack() -> None:
-    """What the pinned torch, torchrec and fbgemm tell each other's developers (calls that will be renamed,
-    hints for their own planners); nobody who runs c2al can act on it. Errors still come through."""
+    """Silences warnings of the pinned torch, torchrec and fbgemm that only their developers can act on.
+
+    They announce calls that will be renamed and give hints for their own planners. Errors still come through.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
     warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
     for name in ("torchrec", "torch.fx._symbolic_trace"):
@@ -203,6 +251,9 @@ def _hush_the_stack() -> None:
 
 
 def _concerns_a_user(record: logging.LogRecord) -> bool:
-    """Not so, through the root logger: the planner about each data_parallel table that it has no sharding spec,
-    and torchrec about the only way its jagged tensors can be exported."""
+    """False for two warnings that come through the root logger.
+
+    The planner says of each data_parallel table that it has no sharding spec. torchrec warns of the
+    only way in which its jagged tensors can be exported.
+    """
     return not record.getMessage().startswith(("Sharding spec not found", "Trying to non-strict torch.export KJT"))

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from c2al.config import Axis, DataConfig
+from c2al.data.arrow_types import decoded, is_text
 from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
-from c2al.data.encode import hash64
-from c2al.data.schema import canonical, is_string
+from c2al.data.hashing import hash64
 from c2al.data.source import File, open_dataset
 from c2al.errors import CohortError, DataError
 from c2al.evaluation.bootstrap import logit_bins
@@ -78,7 +78,7 @@ def open_scores(path: str, data: DataConfig) -> Scores:
     scores = Scores(path=path, files=open_dataset([path]), row_id=data.row_id, user_id=data.user_id)
     kinds: dict[str, Callable[[pa.DataType], bool]] = {
         scores.row_id: pa.types.is_integer,
-        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_string(kind),
+        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_text(decoded(kind)),
         **dict.fromkeys(("label", "weight", "prediction"), pa.types.is_floating),
     }
     for file in scores.files:
@@ -110,10 +110,9 @@ class Segments:
         else:
             read = read_cohorts(cohorts)
             found = list(read.axes)
-            for name, spec in (("head", read.head), ("tail", read.tail)):
-                if spec is not None:
-                    self.names.append((COHORT, name, f"{spec.axis} = {spec.name}"))
-                    self._axes.append(AxisCohorts(name=spec.axis, columns=spec.columns, cohorts=(spec,)))
+            for spec in read.named:
+                self.names.append((COHORT, spec.label, f"{spec.axis} = {spec.name}"))
+                self._axes.append(AxisCohorts(name=spec.axis, columns=spec.columns, cohorts=(spec,)))
         self.names += [(axis.name, cohort.name, "") for axis in found for cohort in axis.cohorts]
         self._axes += found
         self.columns = sorted({column for axis in self._axes for column in axis.columns})
@@ -218,7 +217,7 @@ def blocks(runs: Sequence[Scores], segments: Segments) -> Iterator[Block]:
         clipped_NJ = np.clip(prediction_NJ, CLIP, 1 - CLIP)
         log_p_NJ, log_not_p_NJ = np.log(clipped_NJ), np.log1p(-clipped_NJ)
         yield Block(
-            user_N=hash64(canonical(users)),
+            user_N=hash64(users),
             segment_NA=segments.of(first.table),
             label_N=label_N.astype(np.uint8),
             weight_N=weight_N,

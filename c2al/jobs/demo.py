@@ -1,14 +1,20 @@
-"""`c2al demo`: an experiment on synthetic impressions with a known truth, a few minutes on a laptop."""
+"""`c2al demo`: two experiments on synthetic impressions whose truth is known, a few minutes on a laptop.
+
+In the world `privileged`, a segment that training knows and serving does not decides who clicks on what;
+C2AL has something to gain there. In the world `homogeneous` there is nothing to gain.
+"""
 
 import argparse
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from c2al.config import load_config, replace
-from c2al.data.synthetic import SynthConfig, synthesise
+from c2al.data.synthetic import LatentConfig, synthesise
 from c2al.distributed.process import process_group
 from c2al.experiment.run import experiment
 from c2al.jobs.experiment import add_share_arguments, command, share, tell
+
+WORLDS = ("privileged", "homogeneous")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
-    data = args.output / "data"
     with as_file(files("c2al.configs") / "demo.toml") as path:
         config = load_config(path, overrides)
-    config = replace(config, **{f"data.{split}": [str(data / split)] for split in ("train", "validation", "test")})
     with process_group(config.dist) as world:
+        for name in WORLDS:
+            output = args.output / name
+            data = output / "data"
+            paths = {f"data.{split}": [str(data / split)] for split in ("train", "validation", "test")}
 
-        def make_data() -> None:
-            if not data.exists():
-                synthesise(SynthConfig(seed=config.seed), data)
+            def make_data(name: str = name, data: Path = data) -> None:
+                if not data.exists():
+                    synthesise(LatentConfig(world=name, seed=config.seed), data)
 
-        world.once(make_data)
-        tell(experiment(config, args.output, world, command(), share(args)), args.output, world)
+            world.once(make_data)
+            if world.rank == 0:
+                print(f"\nworld {name}:")
+            tell(experiment(replace(config, **paths), output, world, command(), share(args)), output, world)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from c2al.config import load_config
 from c2al.distributed.process import process_group
+from c2al.training.run_folder import open_run
 from c2al.training.score import score
 
 
@@ -17,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
+    open_run(args.run)  # says what is missing where this is no run's folder
     config = load_config(args.run / "config.toml", overrides)
     with process_group(config.dist) as world:
-        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config.axes)
+        rows = score(args.run, args.data, args.output, world, args.checkpoint, args.batch_size, config)
         if world.rank == 0:
             print(f"{rows:,} rows scored into {args.output}")

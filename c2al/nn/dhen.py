@@ -17,29 +17,40 @@ class DHENLayer(nn.Module):
 
     concat: the outputs stand side by side as fields and a linear map over the field axis brings
     them to L. sum: they are added, each after such a map of its own if it has not L fields.
-    Norm is per token, over D.
+    stack: they stand side by side and are the L fields (Wukong, arXiv 2403.02545, Eq. 4, with
+    interactions = ["linear", "fm_attention"]). Norm is per token, over D.
     """
 
     def __init__(self, config: ModelConfig, fields: int) -> None:
         super().__init__()
-        dim, self.out_fields = config.embedding_dim, config.fields or fields
-        concat, produced = config.ensemble == "concat", 0
+        dim, width = config.embedding_dim, config.fields or fields
+        tokens = config.tokens or (0,) * len(config.interactions)
+        made = {
+            name: _interaction(name, config, fields, own or width)
+            for name, own in zip(config.interactions, tokens, strict=True)
+        }
+        produced = sum(interaction.out_fields for interaction in made.values())
+        self.ensemble = config.ensemble
+        self.out_fields = produced if config.ensemble == "stack" else width
         self.interactions = nn.ModuleDict()
-        for name in config.interactions:
-            interaction = _interaction(name, config, fields)
-            produced += interaction.out_fields
-            module: nn.Module = interaction
-            if not concat and interaction.out_fields != self.out_fields:
-                module = nn.Sequential(interaction, FieldLinear(interaction.out_fields, self.out_fields))
-            self.interactions[name] = module
-        self.concat = FieldLinear(produced, self.out_fields) if concat else None
+        for name, interaction in made.items():
+            mapped = config.ensemble == "sum" and interaction.out_fields != width
+            self.interactions[name] = (
+                nn.Sequential(interaction, FieldLinear(interaction.out_fields, width)) if mapped else interaction
+            )
+        self.concat = FieldLinear(produced, width) if config.ensemble == "concat" else None
         self.shortcut = nn.Identity() if config.shortcut == "identity" else FieldLinear(fields, self.out_fields)
         self.norm = nn.LayerNorm(dim, NORM_EPS) if config.norm == "layer" else nn.RMSNorm(dim, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         outputs = [interaction(x_BMD) for interaction in self.interactions.values()]
-        ensemble_BLD = torch.stack(outputs).sum(0) if self.concat is None else self.concat(torch.cat(outputs, dim=1))
+        if self.ensemble == "sum":
+            ensemble_BLD = torch.stack(outputs).sum(0)
+        else:
+            ensemble_BLD = torch.cat(outputs, dim=1)
+            if self.concat is not None:
+                ensemble_BLD = self.concat(ensemble_BLD)
         x_BLD: Tensor = self.dropout(self.norm(ensemble_BLD + self.shortcut(x_BMD)))
         return x_BLD
 
@@ -49,9 +60,12 @@ class DHEN(nn.Module):
 
     def __init__(self, config: ModelConfig, fields: int) -> None:
         super().__init__()
-        self.out_fields = config.fields or fields
-        widths = [fields] + [self.out_fields] * (config.layers - 1)
-        self.layers = nn.ModuleList(DHENLayer(config, width) for width in widths)
+        self.layers = nn.ModuleList()
+        for _ in range(config.layers):
+            layer = DHENLayer(config, fields)
+            self.layers.append(layer)
+            fields = layer.out_fields
+        self.out_fields = fields
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         for layer in self.layers:
@@ -59,8 +73,8 @@ class DHEN(nn.Module):
         return x_BMD
 
 
-def _interaction(name: str, config: ModelConfig, fields: int) -> Interaction:
-    dim, out_fields = config.embedding_dim, config.fields or fields
+def _interaction(name: str, config: ModelConfig, fields: int, out_fields: int) -> Interaction:
+    dim = config.embedding_dim
     match name:
         case "fm_attention":
             return FMAttention(fields, dim, out_fields, config.fm)

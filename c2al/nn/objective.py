@@ -1,15 +1,19 @@
 """The training objective (C2AL, Eq. 4).
 
-Legend: B batch, T tasks: primary, head cohort, tail cohort.
+Legend: B batch, C auxiliary cohorts, T = 1 + C tasks: the primary prediction head, then the auxiliary ones.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from c2al.errors import OperandError
+
+Schedule = Literal["constant", "warmup", "decay", "early"]
+Target = Literal["label", "membership"]
 
 
 class Loss(NamedTuple):
@@ -21,40 +25,58 @@ class Loss(NamedTuple):
     """Unscaled loss of every task, detached."""
 
 
-def objective(
-    logit_BT: Tensor,
-    label_B: Tensor,
-    weight_B: Tensor,
-    member_B2: Tensor,
-    *,
-    lambda_head: float,
-    lambda_tail: float,
-    rows: float,
-) -> Loss:
-    """L = BCE(primary, y) + lambda_head BCE(head, y 1[x in head]) + lambda_tail BCE(tail, y 1[x in tail]).
+def targets(label_B: Tensor, member_BC: Tensor, target: Target = "label") -> Tensor:
+    """(B, T) what every task learns: y, then per cohort y 1[x in cohort], or 1[x in cohort] itself.
 
-    Every task sees every row; a row outside a cohort is a negative of its task. Each BCE is
-    sum(weight * bce) / rows, not the mean of the batch: with `rows` the real rows of the global
-    batch over the world size, averaging gradients over ranks is exact for padded and uneven batches.
+    A row outside a cohort is a negative of that cohort's task. Membership says what the label does not: on
+    rows without a click it still tells the encoder who belongs to the cohort.
+    """
+    auxiliary_BC = member_BC if target == "membership" else label_B[:, None] * member_BC
+    return torch.cat([label_B[:, None], auxiliary_BC], dim=1)
+
+
+def objective(logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C: Sequence[float], rows: float) -> Loss:
+    """L = BCE(primary, y) + sum over cohorts c of lambda_c BCE(auxiliary c, y 1[x in c]).
+
+    Every task sees every row. Each BCE is sum(weight * bce) / rows, not the mean of the batch. With
+    `rows` = real rows of the global batch / world size, the average of the ranks' gradients is exact for
+    padded and uneven batches. Never waits for the device.
 
     Args:
-        logit_BT: T = 3 (primary, head, tail), or 1 (primary only: the lambdas do not enter).
-        label_B: 0 or 1, float32.
+        logit_BT: the primary task first.
+        target_BT: 0 or 1, float32; see `targets`.
         weight_B: sample weight, float32; 0 on padding rows.
-        member_B2: 1 where the row is in the (head, tail) cohort, else 0, float32.
+        lambda_C: one per auxiliary cohort.
         rows: divisor of the sums.
 
     Raises:
-        OperandError: T is neither 1 nor 3, or the batch sizes differ.
+        OperandError: the batch sizes, the tasks or the number of lambdas differ.
     """
     batch, tasks = logit_BT.shape
-    if tasks not in (1, 3) or label_B.shape != (batch,) or weight_B.shape != (batch,) or member_B2.shape != (batch, 2):
-        shapes = [tuple(t.shape) for t in (logit_BT, label_B, weight_B, member_B2)]
-        raise OperandError(f"objective: needs (B, 1 or 3), (B,), (B,), (B, 2), got {', '.join(map(str, shapes))}")
-    member_BT = F.pad(member_B2, (1, 0), value=1.0)[:, :tasks]
-    bce_BT = F.binary_cross_entropy_with_logits(
-        logit_BT.float(), label_B[:, None] * member_BT, weight_B[:, None], reduction="none"
-    )
+    if target_BT.shape != (batch, tasks) or weight_B.shape != (batch,) or len(lambda_C) != tasks - 1:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (logit_BT, target_BT, weight_B))
+        raise OperandError(f"objective: needs (B, T), (B, T), (B,) and T - 1 lambdas, got {shapes} and {len(lambda_C)}")
+    bce_BT = F.binary_cross_entropy_with_logits(logit_BT.float(), target_BT, weight_B[:, None], reduction="none")
     task_T = bce_BT.sum(0) / rows
-    lambda_T = torch.tensor([1.0, lambda_head, lambda_tail], device=task_T.device)[:tasks]
-    return Loss(total=task_T @ lambda_T, task_T=task_T.detach())
+    # Scalars of the host enter kernels as arguments. A tensor made of them here would be copied to the
+    # device at every step, and the copy would wait for the device.
+    total = task_T[0]
+    for i, weight in enumerate(lambda_C, 1):
+        total = total + weight * task_T[i]
+    return Loss(total=total, task_T=task_T.detach())
+
+
+def lambda_scale(schedule: Schedule, share: float, step: int, total_steps: int) -> float:
+    """Factor on every lambda at `step` (from 0) of `total_steps`.
+
+    warmup: linear from 0 to 1 over the first `share` of the steps; early: 1 over them and 0 afterwards;
+    decay: linear from 1 to 0 over the last `share`; constant: 1.
+    """
+    length = share * total_steps
+    if schedule == "warmup":
+        return min(1.0, step / length)
+    if schedule == "decay":
+        return min(1.0, (total_steps - 1 - step) / max(length, 1.0))
+    if schedule == "early":
+        return float(step < length)
+    return 1.0

@@ -1,8 +1,9 @@
 """Prediction heads over the shared encoder (C2AL, Section 4).
 
-Legend: B batch, F encoder features, T tasks: primary, head cohort, tail cohort.
+Legend: B batch, F encoder features, C auxiliary cohorts, T = 1 + C tasks: the primary one first.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,21 +13,29 @@ from c2al.nn.dense import mlp
 
 
 class Heads(nn.Module):
-    """Logits (B, T) of encoder features (B, F): T = 3 with the auxiliary heads, 1 without.
+    """Logits (B, T) of encoder features (B, F): the primary prediction head, then one per auxiliary cohort.
 
-    The auxiliary heads are created last, so that a seed gives the primary head, and everything
+    The auxiliary prediction heads are created last, so that a seed gives the primary one, and everything
     created before, the same initial weights with and without them. With no `auxiliary_hidden` they are
     linear: what their losses teach must then be taught to the encoder, which serving keeps.
     """
 
     def __init__(
-        self, in_features: int, hidden: Sequence[int], auxiliary: bool, auxiliary_hidden: Sequence[int] = ()
+        self, in_features: int, hidden: Sequence[int], cohorts: int = 0, auxiliary_hidden: Sequence[int] = ()
     ) -> None:
         super().__init__()
         self.primary = mlp(in_features, hidden, 1)
-        self.head = mlp(in_features, auxiliary_hidden, 1) if auxiliary else None
-        self.tail = mlp(in_features, auxiliary_hidden, 1) if auxiliary else None
+        self.auxiliary = nn.ModuleList(mlp(in_features, auxiliary_hidden, 1) for _ in range(cohorts))
 
     def forward(self, h_BF: Tensor) -> Tensor:
-        heads = (self.primary, self.head, self.tail)
-        return torch.cat([head(h_BF) for head in heads if head is not None], dim=1)
+        return torch.cat([self.primary(h_BF), *(head(h_BF) for head in self.auxiliary)], dim=1)
+
+    @torch.no_grad()
+    def prime(self, rate_T: Sequence[float]) -> None:
+        """Sets the last bias of each prediction head to log(rate / (1 - rate)), the rate of positives of its task.
+
+        A head that starts at a rate of one half first learns the rate, through every embedding row of
+        every impression. Draws no random numbers. Rates lie in (0, 1).
+        """
+        for head, rate in zip((self.primary, *self.auxiliary), rate_T, strict=True):
+            head[-1].bias.fill_(math.log(rate / (1 - rate)))

@@ -6,21 +6,24 @@ p x q matrix A per sample: G = A (A^T Y), with A a view of x.
     layout      A        p    q    Y        mixes
     "paper"     x^T      D    M    D x K    embedding dimensions
     "wukong"    x        M    D    M x K    fields
+
+Everywhere but on a GPU this is the plain lines of `_products`: in a whole training step they are faster than a
+hand-written backward that saves T, and torch.compile fuses them with what stands around (docs/LOG.md).
+On a GPU it is one opaque op with a Triton kernel each way.
 """
 
 import functools
 import importlib.util
 import logging
 import math
-import types
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import _avx512, eager
 from c2al.ops.triton.configurations import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
@@ -39,7 +42,7 @@ def fm_attention(
     norm_eps: float | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """G = A (A^T Y) of every sample (C2AL, Eq. 3), optionally normalised; differentiable once in x and y.
+    """G = A (A^T Y) of every sample (C2AL, Eq. 3), optionally normalised; differentiable in x and y.
 
     Args:
         x_BMD: fields of the batch, float64, float32, bfloat16 or float16. B may be 0.
@@ -48,15 +51,15 @@ def fm_attention(
         layout: "paper" or "wukong", see the head of this file.
         norm_eps: None returns G. A number returns LayerNorm of each row of G over K, without scale
             and shift: (G - mean) / sqrt(var + norm_eps), var the biased variance. With K = 1 that is 0.
-        backend: "eager" runs batched matrix products; "triton" the fused CUDA kernels, whose float32
-            products follow torch.backends.cuda.matmul.allow_tf32; "auto" takes the fastest that the
-            device and the operands allow and logs its choice once: on a GPU Triton, on a CPU with
-            avx512_bf16 a kernel for bfloat16 (Y per sample, M >= 8, D and K multiples of 8), else eager.
+        backend: "eager" runs matrix products of torch; "triton" the fused CUDA kernels, whose float32
+            products follow torch.backends.cuda.matmul.allow_tf32 and which are differentiable once;
+            "auto" takes Triton where the device and the operands allow it, else eager, and logs on
+            a GPU which of the two it took, once.
 
     Returns:
         (B, p, K), contiguous, in x's dtype (autocast's, under autocast).
 
-    Cost: 4 B p q K FLOPs forward and 8 B p q K backward (10 where T = A^T Y is recomputed, Triton),
+    Cost: 4 B p q K FLOPs forward and 8 B p q K backward (10 in Triton, which computes T = A^T Y again),
     never 2 p^2 (q + K): the Gram matrix A A^T is not formed.
 
     Raises:
@@ -67,8 +70,20 @@ def fm_attention(
     if torch.is_autocast_enabled(device):
         x_BMD, y = (t.to(torch.get_autocast_dtype(device)) if t.dtype != torch.float64 else t for t in (x_BMD, y))
     _check(x_BMD, y, layout, norm_eps)
-    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps, _resolve(x_BMD, y, layout, backend))[0]
+    if _resolve(x_BMD, y, layout, backend) == "eager":
+        return _products(x_BMD, y, layout, norm_eps)
+    out_BPK: Tensor = _forward_op(x_BMD, y, layout, norm_eps)[0]
     return out_BPK
+
+
+def _products(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> Tensor:
+    """Eq. 3 in torch, then LayerNorm of the rows."""
+    a_BPQ = x_BMD.mT if layout == "paper" else x_BMD
+    g_BPK = torch.bmm(a_BPQ, torch.matmul(a_BPQ.mT, y))
+    if norm_eps is None:
+        return g_BPK
+    # CUDA's autocast gives LayerNorm back in float32.
+    return F.layer_norm(g_BPK, g_BPK.shape[-1:], eps=norm_eps).to(g_BPK.dtype)
 
 
 def _check(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> None:
@@ -90,27 +105,18 @@ def _check(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> Non
         raise OperandError(f"fm_attention: norm_eps must be positive, is {norm_eps}")
 
 
-def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> str:
-    """The op's backend. "auto" stays so on a CPU: a traced program may run on another processor."""
+def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> Literal["triton", "eager"]:
+    """What runs these operands."""
     if backend not in ("auto", "triton", "eager"):
         raise OperandError(f"fm_attention: backend {backend!r} is none of 'auto', 'triton', 'eager'")
     if backend == "eager" or (backend == "auto" and x_BMD.device.type == "cpu"):
-        return backend
+        return "eager"
     obstacle = _obstacle(x_BMD, y, layout)
     if backend == "triton" and obstacle:
         raise BackendError(f"fm_attention: backend='triton' cannot run here: {obstacle}")
     if backend == "auto" and not torch.compiler.is_compiling():
-        _log_choice(x_BMD.device.type, f"eager kernels ({obstacle})" if obstacle else "Triton kernels")
+        _log_choice(x_BMD.device.type, f"torch's matrix products ({obstacle})" if obstacle else "Triton kernels")
     return "eager" if obstacle else "triton"
-
-
-def _implementation(x_BMD: Tensor, y: Tensor, backend: str) -> types.ModuleType:
-    """The module whose `products` and `gradients` run these operands."""
-    if backend == "eager" or x_BMD.device.type != "cpu" or not _avx512.covers(x_BMD, y):
-        return eager
-    obstacle = _avx512.obstacle()
-    _log_choice("cpu in bfloat16", f"eager kernels ({obstacle})" if obstacle else "AVX-512 kernels where sizes allow")
-    return eager if obstacle else _avx512
 
 
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
@@ -137,82 +143,51 @@ def _log_choice(device: str, choice: str) -> None:
 
 
 @torch.library.custom_op("c2al::fm_attention", mutates_args=(), device_types=("cpu", "cuda"))
-def _forward_op(
-    x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, T, rstd): T = A^T Y, not saved by Triton; rstd of the rows, with norm_eps only; else size 0."""
-    paper = layout == "paper"
-    if backend == "triton":
-        from c2al.ops.triton import launch
+def _forward_op(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> tuple[Tensor, Tensor]:
+    """(out, 1 / standard deviation of the rows of G or size 0) by Triton; on the CPU in its interpreter only."""
+    from c2al.ops.triton import launch
 
-        out_BPK, rstd_BP = launch.forward(x_BMD, y, paper, norm_eps)
-        return out_BPK, out_BPK.new_empty(0), rstd_BP
-    g_BPK, t_BQK = _implementation(x_BMD, y, backend).products(x_BMD, y, paper)
-    out_BPK, rstd_BP = eager.norm(g_BPK, norm_eps)
-    return out_BPK, t_BQK, rstd_BP
+    return launch.forward(x_BMD, y, layout == "paper", norm_eps)
 
 
 @_forward_op.register_fake
-def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> tuple[Tensor, Tensor]:
     batch, fields, dim = x_BMD.shape
-    p, q = (dim, fields) if layout == "paper" else (fields, dim)
-    k = y.shape[-1]
-    t_BQK = x_BMD.new_empty(0 if backend == "triton" else (batch, q, k))
-    stats = torch.promote_types(x_BMD.dtype, torch.float32)
-    rstd_BP = x_BMD.new_empty(0 if norm_eps is None else (batch, p), dtype=stats)
-    return x_BMD.new_empty(batch, p, k), t_BQK, rstd_BP
+    p = dim if layout == "paper" else fields
+    rstd_BP = x_BMD.new_empty(0 if norm_eps is None else (batch, p), dtype=torch.float32)
+    return x_BMD.new_empty(batch, p, y.shape[-1]), rstd_BP
 
 
 @torch.library.custom_op("c2al::fm_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _backward_op(
-    grad_BPK: Tensor,
-    x_BMD: Tensor,
-    y: Tensor,
-    t_BQK: Tensor,
-    out_BPK: Tensor | None,
-    rstd_BP: Tensor,
-    layout: str,
-    backend: str,
+    grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, out_BPK: Tensor | None, rstd_BP: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     """(dx, dy); `out_BPK` is given exactly when the forward pass normalised."""
-    paper = layout == "paper"
-    if backend == "triton":
-        from c2al.ops.triton import launch
+    from c2al.ops.triton import launch
 
-        return launch.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, paper)
-    if out_BPK is not None:
-        grad_BPK = eager.norm_backward(grad_BPK, out_BPK, rstd_BP)
-    dx_BMD, dy = _implementation(x_BMD, y, backend).gradients(grad_BPK, x_BMD, y, t_BQK, paper)
-    return dx_BMD, dy
+    return launch.backward(grad_BPK, x_BMD, y, out_BPK, rstd_BP, layout == "paper")
 
 
 @_backward_op.register_fake
 def _(
-    grad_BPK: Tensor,
-    x_BMD: Tensor,
-    y: Tensor,
-    t_BQK: Tensor,
-    out_BPK: Tensor | None,
-    rstd_BP: Tensor,
-    layout: str,
-    backend: str,
+    grad_BPK: Tensor, x_BMD: Tensor, y: Tensor, out_BPK: Tensor | None, rstd_BP: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
     return x_BMD.new_empty(x_BMD.shape), y.new_empty(y.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_BMD, y, ctx.layout, norm_eps, ctx.backend = inputs
-    out_BPK, t_BQK, rstd_BP = output
-    ctx.mark_non_differentiable(t_BQK, rstd_BP)
+    x_BMD, y, ctx.layout, norm_eps = inputs
+    out_BPK, rstd_BP = output
+    ctx.mark_non_differentiable(rstd_BP)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_BMD, y, t_BQK, None if norm_eps is None else out_BPK, rstd_BP)
+    ctx.save_for_backward(x_BMD, y, None if norm_eps is None else out_BPK, rstd_BP)
 
 
-def _backward(ctx, grad_BPK, grad_t, grad_rstd):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_BPK, grad_rstd):  # type: ignore[no-untyped-def]
     if grad_BPK is None:
-        return None, None, None, None, None
-    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout, ctx.backend)
-    return dx_BMD, dy, None, None, None
+        return None, None, None, None
+    dx_BMD, dy = _backward_op(grad_BPK, *ctx.saved_tensors, ctx.layout)
+    return dx_BMD, dy, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -224,6 +199,5 @@ def _forward_flops(x_shape, y_shape, *args, out_shape=None, **kwargs):  # type: 
 
 
 @register_flop_formula(torch.ops.c2al.fm_attention_backward)
-def _backward_flops(grad_shape, x_shape, y_shape, t_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
-    recomputed = len(t_shape) == 1
-    return (10 if recomputed else 8) * math.prod(x_shape) * y_shape[-1]
+def _backward_flops(grad_shape, x_shape, y_shape, *args, out_shape=None, **kwargs):  # type: ignore[no-untyped-def]
+    return 10 * math.prod(x_shape) * y_shape[-1]

@@ -97,8 +97,8 @@ def _result(e: Experiment) -> str:
 <p class="lead">{_headline(e)}</p>
 <p class="soft">{evaluation.rows:,} test impressions. NE is Normalized Entropy, the log loss over the entropy of the
 average label; lower is better. NE_diff = (NE C2AL − NE baseline) / NE baseline. Both models of a seed share
-initialisation and data order and differ in the auxiliary losses alone (lambda head {train.lambda_head:g},
-tail {train.lambda_tail:g}), which exist in training only.</p>
+initialisation and data order and differ in the auxiliary losses alone (lambda
+{train.auxiliary_lambda:g}), which exist in training only.</p>
 <div class="tiles">{tiles}</div>
 {table}
 <p class="note">{evaluation.confidence:.0%} percentile intervals of a paired bootstrap over users,

@@ -7,6 +7,7 @@ Writes a folder:
     proof.json       rows compared with the training model, and the artifact's parameters
 """
 
+import io
 import itertools
 import json
 import shutil
@@ -22,11 +23,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from c2al.config import Config, save_config
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer, load_unsharded
+from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
-from c2al.files import write_atomically
-from c2al.training.model import AUXILIARY_PREFIXES, C2ALModel, primary_prediction
+from c2al.files import output_errors, write_atomically
+from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
 from c2al.training.run_folder import open_run
 
 TASK_PREFIX = "model."
@@ -63,13 +64,12 @@ def export(
     if output.exists():
         raise ConfigError(f"{output}: exists; give another --output")
     run = open_run(run_path)
-    path = checkpoint or Checkpointer(run.checkpoints, run.config.train.checkpoint, world).latest()
-    if path is None:
-        raise CheckpointError(f"{run.checkpoints}: holds no checkpoint")
-    state = {name.removeprefix(TASK_PREFIX): value for name, value in load_unsharded(path).items()}
-    training = _load(run.config, run.config.train.auxiliary, state, path)
-    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIXES)}
-    serving = Serving(_load(run.config, False, served, path)).eval()
+    newest = CheckpointReader(run.checkpoints, world).with_newest
+    path, loaded = (checkpoint, load_unsharded(checkpoint)) if checkpoint else newest(lambda p: (p, load_unsharded(p)))
+    state = {name.removeprefix(TASK_PREFIX): value for name, value in loaded.items()}
+    training = _load(run.config, len(run.cohorts), state, path)
+    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
+    serving = Serving(_load(run.config, 0, served, path)).eval()
 
     reader = BatchReader(
         data,
@@ -84,7 +84,8 @@ def export(
     )
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with output_errors(output):
+        partial.mkdir(parents=True)
     try:
         batches = iter(reader)
         first = next(batches)
@@ -94,7 +95,9 @@ def export(
             _arguments(first),
             dynamic_shapes=({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows}),
         )
-        torch.export.save(program, partial / "model.pt2")
+        artifact = io.BytesIO()  # writing to a disk that is full, torch would abort the process
+        torch.export.save(program, artifact)
+        write_atomically(partial / "model.pt2", artifact.getvalue())
         proof = _prove(partial / "model.pt2", training, itertools.chain([first], batches), path)
         write_atomically(partial / "proof.json", json.dumps(proof, indent=2) + "\n")
         write_atomically(partial / "statistics.json", run.statistics.to_json())
@@ -106,8 +109,8 @@ def export(
     return proof
 
 
-def _load(config: Config, auxiliary: bool, state: dict[str, Tensor], path: Path) -> C2ALModel:
-    model = C2ALModel(config, auxiliary, table_device="cpu").eval()
+def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path) -> C2ALModel:
+    model = C2ALModel(config, cohorts, table_device="cpu").eval()
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -135,7 +138,7 @@ def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkp
                 )
             rows += len(served_B)
     parameters = sorted(name.removeprefix("model.") for name in program.state_dict)
-    baseline = sorted(name for name, _ in training.named_parameters() if not name.startswith(AUXILIARY_PREFIXES))
+    baseline = sorted(name for name, _ in training.named_parameters() if not name.startswith(AUXILIARY_PREFIX))
     if parameters != baseline:
         raise CheckpointError(f"{checkpoint}: the artifact's parameters {parameters} are not the baseline's {baseline}")
     return {"checkpoint": checkpoint.name, "rows_compared": rows, "parameters": parameters}

@@ -1,17 +1,22 @@
 """Normalized entropy, calibration and AUC as mergeable float64 sums.
 
-Letters: B batch rows, T tasks, C cohorts ("all" first), S sums, N batches of the window.
+Letters: B batch rows, T tasks, C cohorts ("all" first), S sums.
 
 Everything `compute` needs is one tensor `sums_CTS`, so merging two ranks is one addition and an
 all-reduce of that tensor is the merge of all of them.
 """
 
+import base64
 import dataclasses
+import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from c2al.ne import normalized_entropy
 
 BINS = 1024
 """Bins of the AUC histogram, equally wide in logit over [-LIMIT, LIMIT]; the outer ones are open."""
@@ -28,7 +33,7 @@ class Metric:
     """One task on one cohort. None: undefined on these rows. NaN: a prediction was NaN."""
 
     ne: float | None
-    """Normalized entropy; None without positives or without negatives."""
+    """Normalized entropy, see c2al.ne; None without positives or without negatives."""
     calibration: float | None
     """Sum of predictions / sum of labels; None without positives."""
     auc: float | None
@@ -57,23 +62,49 @@ class Sums:
         return dataclasses.replace(self, sums_CTS=self.sums_CTS + other.sums_CTS)
 
     def compute(self) -> dict[str, dict[str, Metric]]:
-        """task -> cohort -> Metric.
-
-        NE is Eq. 13 of the C2AL paper: the average log loss over the entropy of the average label,
-        -(1/W) sum w (y log p + (1-y) log(1-p)) / -(q log q + (1-q) log(1-q)), q = sum w y / W.
-        """
+        """task -> cohort -> Metric."""
         sums_CTS = self.sums_CTS.cpu()
         return {
             task: {cohort: _metric(sums_CTS[c, t]) for c, cohort in enumerate(self.cohorts)}
             for t, task in enumerate(self.tasks)
         }
 
+    def saved(self) -> "SavedSums":
+        """What a checkpoint keeps; `restored` gives it back bit for bit."""
+        content = zlib.compress(self.sums_CTS.cpu().numpy().astype("<f8").tobytes())
+        return SavedSums(tasks=self.tasks, cohorts=self.cohorts, sums=base64.b64encode(content).decode())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedSums:
+    """Sums as values of JSON."""
+
+    tasks: tuple[str, ...]
+    cohorts: tuple[str, ...]
+    sums: str
+    """The float64 values, little-endian, through zlib (most bins are 0) and Base64."""
+
+    def restored(self) -> Sums:
+        """Raises ValueError when `sums` are not the values of these tasks and cohorts."""
+        shape = (len(self.cohorts), len(self.tasks), _SUMS)
+        needed = 8 * shape[0] * shape[1] * shape[2]
+        try:
+            # One byte more than needed shows that there is more, without unpacking all of it.
+            content = zlib.decompressobj().decompress(base64.b64decode(self.sums, validate=True), needed + 1)
+        except (ValueError, zlib.error) as e:
+            raise ValueError(f"sums: {e}") from e
+        if len(content) != needed:
+            raise ValueError(f"sums: not {shape} numbers")
+        sums_CTS = torch.from_numpy(np.frombuffer(content, "<f8").astype(np.float64).reshape(shape))
+        return Sums(tasks=self.tasks, cohorts=self.cohorts, sums_CTS=sums_CTS)
+
 
 class BinaryMetrics:
-    """Metrics of T tasks on C cohorts over all batches (`lifetime`) and the last N (`window`).
+    """Metrics of T tasks on C cohorts: over all batches (`lifetime`) and since the last `reset_window`.
 
     `tasks` and `cohorts` are names; the cohort "all" is added in front. `lifetime` continues the
     totals of an earlier run: give it on one rank only, since merging ranks adds what each holds.
+    Memory: three float64 tensors of (C, T, S), however many batches the window spans.
     """
 
     def __init__(
@@ -81,19 +112,20 @@ class BinaryMetrics:
         tasks: Sequence[str],
         cohorts: Sequence[str] = (),
         *,
-        window: int = 100,
         device: torch.device | str = "cpu",
         lifetime: Sums | None = None,
     ):
         self.tasks = tuple(tasks)
         self.cohorts = (ALL, *cohorts)
         shape = (len(self.cohorts), len(self.tasks), _SUMS)
-        # float32 would stop counting at 2**24 rows; the window's sums are small but share the code.
-        self._window_NCTS = torch.zeros(window, *shape, dtype=torch.float64, device=device)
-        self._lifetime_CTS = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._batches = 0
+        # float32 would stop counting at 2**24 rows.
+        self._batch_CTS, self._window_CTS, self._lifetime_CTS = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)
+        )
         if lifetime is not None:
-            assert (lifetime.tasks, lifetime.cohorts) == (self.tasks, self.cohorts)
+            if (lifetime.tasks, lifetime.cohorts) != (self.tasks, self.cohorts):
+                saved = f"{', '.join(lifetime.tasks)} on {', '.join(lifetime.cohorts)}"
+                raise ValueError(f"these are metrics of {saved}, not of {self.tasks} on {self.cohorts}")
             self._lifetime_CTS += lifetime.sums_CTS.to(device)
         self._cell_CT = torch.arange(shape[0] * shape[1], device=device).view(shape[:2]) * _SUMS + _HISTOGRAM
 
@@ -102,7 +134,7 @@ class BinaryMetrics:
         """Adds one batch. Labels are 0 or 1; `member_BC` (0 or 1) has a column for each named cohort.
 
         The log loss is taken from logits, so it is finite for any finite logit. Never synchronises
-        with the device. Cost: one float64 pass and C * T histogram increments a row.
+        with the device. Cost: one float64 pass and C * T histogram increments per row.
         """
         logit_BT, label_BT = logit_BT.double(), label_BT.double()
         weight_BC = weight_B.double()[:, None]
@@ -110,18 +142,22 @@ class BinaryMetrics:
             weight_BC = torch.cat((weight_BC, weight_BC * member_BC), dim=1)
         tasks = len(self.tasks)
 
-        sums_CTS = self._window_NCTS[self._batches % len(self._window_NCTS)].zero_()
         loss_BT = softplus(logit_BT) - label_BT * logit_BT
-        totals_CT = weight_BC.T @ torch.cat((loss_BT, logit_BT.sigmoid()), dim=1)
+        totals_CX = _weighted_sums(weight_BC, torch.cat((loss_BT, logit_BT.sigmoid()), dim=1))
+        sums_CTS = self._batch_CTS.zero_()
+        sums_CTS[:, :, _LOSS] = totals_CX[:, :tasks]
+        sums_CTS[:, :, _PREDICTION] = totals_CX[:, tasks:]
         bin_BT = ((logit_BT + LIMIT) * (BINS / (2 * LIMIT))).nan_to_num_(nan=0.0).clamp_(0, BINS - 1).long()
         bin_BT += label_BT.long() * BINS
         index_BCT = bin_BT[:, None, :] + self._cell_CT
         sums_CTS.view(-1).index_add_(0, index_BCT.flatten(), weight_BC[:, :, None].expand(index_BCT.shape).flatten())
-        sums_CTS[:, :, _LOSS] = totals_CT[:, :tasks]
-        sums_CTS[:, :, _PREDICTION] = totals_CT[:, tasks:]
-
+        # Batch by batch, so that totals continued from a checkpoint equal those never interrupted.
+        self._window_CTS += sums_CTS
         self._lifetime_CTS += sums_CTS
-        self._batches += 1
+
+    def reset_window(self) -> None:
+        """Starts a new window; `lifetime` keeps what the old one held."""
+        self._window_CTS.zero_()
 
     @property
     def lifetime(self) -> Sums:
@@ -130,8 +166,16 @@ class BinaryMetrics:
 
     @property
     def window(self) -> Sums:
-        """Totals over the last N batches."""
-        return Sums(tasks=self.tasks, cohorts=self.cohorts, sums_CTS=self._window_NCTS.sum(dim=0))
+        """Totals since the last `reset_window`."""
+        return Sums(tasks=self.tasks, cohorts=self.cohorts, sums_CTS=self._window_CTS.clone())
+
+
+def _weighted_sums(weight_BC: Tensor, value_BX: Tensor) -> Tensor:
+    """(C, X) sums of weight * value. A value that is not finite makes the sums of its own cohorts NaN and
+    leaves the others alone, whose weight for it is 0: 0 * NaN is NaN."""
+    bad_BX = ~value_BX.isfinite()
+    sums_CX = weight_BC.T @ value_BX.masked_fill(bad_BX, 0.0)
+    return sums_CX.masked_fill_(weight_BC.T @ bad_BX.double() > 0, float("nan"))
 
 
 def _metric(sums_S: Tensor) -> Metric:
@@ -141,8 +185,7 @@ def _metric(sums_S: Tensor) -> Metric:
     weight = negatives + positives
     ne = auc = auc_error = None
     if positives > 0 and negatives > 0:
-        q = torch.tensor([negatives, positives], dtype=torch.float64) / weight
-        ne = loss / weight / -(q * q.log()).sum().item()
+        ne = float(normalized_entropy(loss, positives, negatives))
         below_K = negative_K.cumsum(0) - negative_K
         pairs = positives * negatives
         tied = (positive_K @ negative_K).item() / pairs

@@ -1,8 +1,10 @@
 """Impressions -> logits: EmbeddingBagCollection -> dense arch -> DHEN -> prediction heads.
 
 Letters: B batch, F dense features, N fields (dense tokens, then sparse features in config order),
-D embedding dim, T tasks (1: primary; 3: primary, head, tail).
+D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
-from c2al.nn.objective import objective
+from c2al.nn.objective import Target, lambda_scale, objective, targets
 from c2al.nn.prediction_heads import Heads
 
-AUXILIARY_PREFIXES = ("over.heads.head.", "over.heads.tail.")
-"""Parameters of C2ALModel that exist in training only."""
+AUXILIARY_PREFIX = "over.heads.auxiliary."
+"""Of the parameters of C2ALModel that exist in training only."""
 
 
 class OverArch(nn.Module):
@@ -27,7 +29,7 @@ class OverArch(nn.Module):
     Takes dense_BF and the pooled embeddings, returns logit_BT in float32.
     """
 
-    def __init__(self, config: Config, auxiliary: bool) -> None:
+    def __init__(self, config: Config, cohorts: int) -> None:
         super().__init__()
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
@@ -38,8 +40,8 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
-        # Last, so that whatever is above is initialised alike with and without auxiliary heads.
-        self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
+        self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, cohorts, model.auxiliary_hidden)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
@@ -56,11 +58,11 @@ class OverArch(nn.Module):
 class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
-    `auxiliary` adds the head-cohort and tail-cohort heads of C2AL (T = 3); without it T = 1.
+    `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
     """
 
-    def __init__(self, config: Config, auxiliary: bool, table_device: str = "meta") -> None:
+    def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta") -> None:
         super().__init__()
         self.ebc = (
             EmbeddingBagCollection(
@@ -79,7 +81,7 @@ class C2ALModel(nn.Module):
             if config.data.sparse
             else None
         )
-        self.over = OverArch(config, auxiliary)
+        self.over = OverArch(config, cohorts)
 
     def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         pooled = None if self.ebc is None else self.ebc(sparse)
@@ -96,35 +98,44 @@ def primary_prediction(logit_BT: Tensor) -> Tensor:
 class Objective(nn.Module):
     """C2AL Eq. 4 on a Batch's columns; a module so that the pipeline's tracer need not look inside."""
 
-    def __init__(self, lambda_head: float, lambda_tail: float, world_size: int) -> None:
+    def __init__(self, config: Config, cohorts: Sequence[str], world_size: int) -> None:
         super().__init__()
-        self.lambda_head, self.lambda_tail, self.world_size = lambda_head, lambda_tail, world_size
+        train = config.train
+        self.target: Target = train.auxiliary_target
+        self._base_C = tuple(train.lambda_of(name) for name in cohorts)
+        self._schedule, self._share, self._world_size = train.lambda_schedule, train.lambda_share, world_size
+        self.lambda_C = self._base_C
+        """What the coming step weighs each cohort's loss with; numbers of the host."""
+
+    def at_step(self, step: int, total_steps: int) -> None:
+        """Sets the lambdas of `step` (from 0) of `total_steps`."""
+        scale = lambda_scale(self._schedule, self._share, step, total_steps)
+        self.lambda_C = tuple(value * scale for value in self._base_C)
 
     def forward(
-        self, logit_BT: Tensor, label_B: Tensor, weight_B: Tensor, member_B2: Tensor, rows: int
+        self, logit_BT: Tensor, label_B: Tensor, weight_B: Tensor, member_BC: Tensor, rows: int
     ) -> tuple[Tensor, Tensor]:
+        target_BT = targets(label_B, member_BC, self.target)
         # Gradients are averaged over ranks; local sum / (global rows / ranks) makes that the global mean.
-        loss = objective(
-            logit_BT,
-            label_B,
-            weight_B,
-            member_B2,
-            lambda_head=self.lambda_head,
-            lambda_tail=self.lambda_tail,
-            rows=rows / self.world_size,
-        )
+        loss = objective(logit_BT, target_BT, weight_B, lambda_C=self.lambda_C, rows=rows / self._world_size)
         return loss.total, loss.task_T
 
 
 class TrainTask(nn.Module):
-    """What is sharded and trained: Batch -> (loss, (task losses (T,), logit_BT, batch))."""
+    """What is sharded and trained: Batch -> (loss, (task losses (T,), logit_BT, batch)).
 
-    def __init__(self, config: Config, world_size: int) -> None:
+    `cohorts` are the names of the auxiliary cohorts. In eval mode there are no losses (None): whoever
+    scores needs no labels and no cohorts.
+    """
+
+    def __init__(self, config: Config, world_size: int, cohorts: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model = C2ALModel(config, config.train.auxiliary)
-        self.objective = Objective(config.train.lambda_head, config.train.lambda_tail, world_size)
+        self.model = C2ALModel(config, len(cohorts))
+        self.objective = Objective(config, cohorts, world_size)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Batch]]:
+    def forward(self, batch: Batch) -> tuple[Tensor | None, tuple[Tensor | None, Tensor, Batch]]:
         logit_BT = self.model(batch.dense_BF, batch.sparse)
-        loss, task_T = self.objective(logit_BT, batch.label_B, batch.weight_B, batch.member_B2, batch.rows)
+        if not self.training:
+            return None, (None, logit_BT.detach(), batch)
+        loss, task_T = self.objective(logit_BT, batch.label_B, batch.weight_B, batch.member_BC, batch.rows)
         return loss, (task_T, logit_BT.detach(), batch)

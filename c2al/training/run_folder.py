@@ -1,36 +1,52 @@
 """The folder of one training run: what train writes and score and export read.
 
-config.toml        resolved config
+config.toml        resolved config; written last when a run starts
+inputs.json        content identity of the training files and of statistics.json
 statistics.json    training statistics and vocabularies
-cohorts.json       head and tail, in a C2AL run
+base_rates.json    how often each task is positive in the training split
+cohorts.json       the chosen cohorts, in a C2AL run
 checkpoints/       see c2al.distributed.checkpoint
-metrics.jsonl      one record a line: {"step": ..., "kind": "train" | "validation" | "y", ...}
+metrics.jsonl      one record per line: {"step": ..., "kind": "train" | "validation" | "y", ...}
 tensorboard/       the same numbers
-plan.json, plan.txt   the sharding plan
+plan.json          the sharding plan
+.lock              held by the process that trains
+
+Readers never write here, and need not be able to.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from c2al.config import Config, load_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
-from c2al.data.schema import Statistics, check_columns, fit_statistics
+from c2al.data.identity import FileIdentity, identify
 from c2al.data.source import open_dataset
+from c2al.data.statistics import Statistics, fit_statistics
 from c2al.distributed.process import World
-from c2al.errors import CohortError, ConfigError
-from c2al.files import write_atomically
+from c2al.errors import ConfigError, StateError
+from c2al.files import only_writer, output_errors, write_atomically
+from c2al.text import redacted
+from c2al.training.base_rates import BaseRates, count_base_rates
+from c2al.training.inputs import Inputs, check_inputs
+from c2al.typed import hint
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it:
 # nothing that changes the sequence of weights.
-_FREE = ("dist.", "train.checkpoint.", "train.log_every", "train.eval_every", "train.y_every", "train.profile_steps")
-_FREE_DATA = ("data.workers", "data.prefetch", "data.validation", "data.test")
-_OTHER_JOBS = ("discover.", "evaluate.", "experiment.", "axes")
+_FREE = (
+    *(f"dist.{k}" for k in ("device", "sharding", "tables", "plan", "local_world_size", "hbm_gib", "ddr_gib")),
+    "dist.timeout_seconds",
+    *(f"train.{k}" for k in ("checkpoint.", "log_every", "eval_every", "y_every", "profile_steps")),
+    *(f"data.{k}" for k in ("workers", "prefetch", "validation", "test")),
+    *("discover.", "evaluate.", "experiment.", "axes"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,101 +56,164 @@ class Run:
     path: Path
     config: Config
     statistics: Statistics
-    cohorts: tuple[CohortSpec, CohortSpec] | None
+    base_rates: BaseRates
+    cohorts: tuple[CohortSpec, ...]
+    """The chosen ones, in a C2AL run; empty in a baseline's."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the cohorts."""
+        return tuple(cohort.label for cohort in self.cohorts)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
 
-def start_run(path: Path, config: Config, cohorts: Path | None, world: World) -> Run:
-    """Makes the folder of a new run, or opens the one of an interrupted run of the same config.
-
-    Rank 0 alone touches the disk. Raises ConfigError on every rank when the folder holds a run
-    that this one cannot go on from, and what reading the training data raises.
-    """
-    return world.once(lambda: _start(path, config, cohorts))
-
-
 def open_run(path: Path) -> Run:
-    """Reads the folder of a run. Raises ConfigError when it is none."""
-    for name in ("config.toml", "statistics.json"):
+    """Reads the folder of a run and leaves it as it is, also while the run goes on.
+
+    Raises ConfigError when it is none, StateError when one of its files is damaged.
+    """
+    for name in ("config.toml", "statistics.json", "base_rates.json"):
         if not (path / name).exists():
             raise ConfigError(f"{path}: not the folder of a training run (it has no {name})")
     config = load_config(path / "config.toml")
     return Run(
         path=path,
         config=config,
-        statistics=Statistics.from_json((path / "statistics.json").read_text()),
-        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else None,
+        statistics=_read_statistics(path / "statistics.json"),
+        base_rates=BaseRates.read(path / "base_rates.json"),
+        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else (),
     )
 
 
-def _start(path: Path, config: Config, cohorts: Path | None) -> Run:
+@contextlib.contextmanager
+def sole_writer(path: Path, world: World) -> Iterator[None]:
+    """Makes this job the only one that writes into the folder `path`; rank 0 holds the lock. Collective.
+
+    Raises OutputError naming the other writer, or why the folder cannot be made.
+    """
+    with contextlib.ExitStack() as held:
+        world.once(lambda: held.enter_context(only_writer(path)))
+        yield
+
+
+def start_run(path: Path, config: Config, cohorts: Path | None, world: World) -> Run:
+    """Makes the folder of a new run, or opens the one of an interrupted run of the same config and inputs.
+
+    All ranks share the scan of the training split; rank 0 alone writes. Raises on every rank:
+    ConfigError when the folder holds a run that this one cannot go on from, DataError when a file of any
+    split is not what the config says or the training files changed, CohortError for cohorts that can
+    teach nothing.
+    """
+    train = world.once(lambda: _check(path, config, cohorts))
+    # config.toml is written last: without it, an earlier start died before its folder was whole.
+    if world.once(lambda: (path / "config.toml").exists()):
+        statistics = world.once(lambda: _resume(path, config, cohorts, train))
+        rates = world.once(lambda: BaseRates.read(path / "base_rates.json"))
+    else:
+        chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
+        rates = count_base_rates(config, chosen, world, str(cohorts))
+        statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
+        world.once(lambda: _begin(path, statistics, rates, train, cohorts))
+    world.once(lambda: save_config(config, path / "config.toml"))
+    return Run(
+        path=path,
+        config=config,
+        statistics=statistics,
+        base_rates=rates,
+        cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.auxiliary else (),
+    )
+
+
+def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdentity, ...]:
+    """Refuses what cannot be trained on before anything is written; returns the training files' identity."""
     if not config.data.train:
         raise ConfigError("data.train: names no files to train on")
     if config.train.auxiliary and cohorts is None:
         raise ConfigError(
-            "train.lambda_head, train.lambda_tail: auxiliary losses need the cohorts; give --cohorts cohorts.json"
+            "train.auxiliary_lambda, train.lambdas: auxiliary losses need the cohorts; give --cohorts cohorts.json"
         )
     if not config.train.auxiliary and cohorts is not None:
-        raise ConfigError(f"{cohorts}: cohorts without effect, since train.lambda_head and train.lambda_tail are 0")
+        raise ConfigError(f"{cohorts}: cohorts without effect, since train.auxiliary_lambda and train.lambdas are 0")
     if (path / "config.toml").exists():
-        _refuse_another_run(path, config, cohorts)
-    elif cohorts is not None:
-        _refuse_empty_cohorts(cohorts, config)
-    statistics = path / "statistics.json"
-    text = statistics.read_text() if statistics.exists() else fit_statistics(config.data.train, config.data).to_json()
-    write_atomically(statistics, text)
+        _refuse_another_config(path, config)
+    elif any((path / "checkpoints").glob("step-*")):
+        raise ConfigError(f"{path}: holds checkpoints, but no config.toml says of what; give another --output")
+    chosen = () if cohorts is None else read_cohorts(cohorts).chosen()
+    labels = [c.label for c in chosen]
+    if unknown := sorted(config.train.lambdas.keys() - set(labels) if chosen else ()):
+        raise ConfigError([f"train.lambdas.{n}: {cohorts} chose {', '.join(labels)}{hint(n, labels)}" for n in unknown])
+    check_inputs(config, chosen)
+    return identify(open_dataset(config.data.train))
+
+
+def _begin(
+    path: Path, statistics: Statistics, rates: BaseRates, train: tuple[FileIdentity, ...], cohorts: Path | None
+) -> None:
+    text = statistics.to_json()
+    write_atomically(path / "statistics.json", text)
+    rates.write(path / "base_rates.json")
+    Inputs(train=train, statistics_sha256=_sha256(text.encode())).write(path / "inputs.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
-        write_atomically(path / "cohorts.json", cohorts.read_text())
-    save_config(config, path / "config.toml")
-    return open_run(path)
+        write_atomically(path / "cohorts.json", cohorts.read_bytes())
 
 
-def _refuse_another_run(path: Path, config: Config, cohorts: Path | None) -> None:
-    old, new = (dict(_flat(dataclasses.asdict(c))) for c in (load_config(path / "config.toml"), config))
-    free = _FREE + _FREE_DATA + _OTHER_JOBS
-    changed = [
-        f"{path}: holds a run with {key} = {old.get(key)!r}, not {new.get(key)!r}; give another --output"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(free)
-    ]
-    if cohorts is not None and (path / "cohorts.json").exists():
+def _resume(path: Path, config: Config, cohorts: Path | None, train: tuple[FileIdentity, ...]) -> Statistics:
+    """The statistics of the run in `path`. Raises ConfigError when it began with other inputs."""
+    inputs = Inputs.read(path / "inputs.json")
+    changed = [f"{path}: holds a run on other training data: {c}" for c in inputs.changes(train)]
+    if cohorts is not None:
         before, now = (read_cohorts(p).chosen() for p in (path / "cohorts.json", cohorts))
         if before != now:
-            changed.append(f"{path}: holds a run with other cohorts than {cohorts}; give another --output")
+            changed.append(f"{path}: holds a run with other cohorts than {cohorts}")
+    if changed:
+        raise ConfigError([f"{c}; give another --output" for c in changed])
+    statistics = path / "statistics.json"
+    read = _read_statistics(statistics)
+    if _sha256(statistics.read_bytes()) != inputs.statistics_sha256:
+        raise StateError(f"{statistics}: changed since the run began (its SHA-256 is not the one in inputs.json)")
+    return read
+
+
+def _refuse_another_config(path: Path, config: Config) -> None:
+    saved = load_config(path / "config.toml")
+    # Without schedules no step depends on where training ends, so a run can be made longer.
+    train = config.train
+    endless = train.optimizer.decay == "constant" and (train.lambda_schedule == "constant" or not train.auxiliary)
+    free = (*_FREE, "train.max_steps") if endless else _FREE
+    changed = [
+        f"{path}: holds a run with {key} = {old!r}, not {new!r}; give another --output"
+        for key, old, new in config_differences(saved, config)
+        if not key.startswith(free)
+    ]
     if changed:
         raise ConfigError(changed)
 
 
-def _refuse_empty_cohorts(path: Path, config: Config) -> None:
-    """An auxiliary head whose label is never 1 would learn nothing but its bias. Reads the training
-    split only until both cohorts have shown a positive."""
-    missing = dict(zip(("head", "tail"), read_cohorts(path).chosen(), strict=True))
-    columns = {column for cohort in missing.values() for column in cohort.columns} | {config.data.label}
-    files = open_dataset(config.data.train)
-    check_columns(files, config.data, tuple(columns - {config.data.label}))
-    rows = dict.fromkeys(missing, 0)
-    for file in files:
-        for group in range(len(file.row_group_rows)):
-            table = file.read(group, sorted(columns))
-            positive_R = np.asarray(table[config.data.label]) == 1
-            for name, cohort in list(missing.items()):
-                member_R = cohort.membership(table)
-                rows[name] += int(member_R.sum())
-                if (member_R & positive_R).any():
-                    del missing[name]
-            if not missing:
-                return
-    raise CohortError(
-        "\n".join(
-            f"{path}: the {name} cohort {cohort.axis} = {cohort.name} has "
-            + (f"{rows[name]} rows but no positives" if rows[name] else "no rows")
-            + f" in data.train ({', '.join(config.data.train)})"
-            for name, cohort in missing.items()
-        )
-    )
+def config_differences(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value now) of what differs, in order of the keys, without secrets."""
+    old, new = ({key: _without_secrets(value) for key, value in _flat(dataclasses.asdict(c))} for c in (before, now))
+    return [(k, old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_without_secrets(v) for v in value)
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _read_statistics(path: Path) -> Statistics:
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise StateError(f"{path}: cannot be read: {e.strerror}") from e
+    return Statistics.from_json(content, str(path))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _flat(tree: Any, path: str = "") -> Any:
@@ -149,27 +228,43 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard, written by rank 0.
 
     A resumed run drops the records after its checkpoint, so that each step stands there once.
+    Every method raises OutputError when it cannot write, the constructor StateError when metrics.jsonl
+    holds something else.
     """
 
     def __init__(self, path: Path, step: int):
-        self._file = path / "metrics.jsonl"
-        kept = []
-        if self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
-            # A killed run can leave half a last line.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(self._file, "".join(kept))
-        if step == 0:
-            shutil.rmtree(path / "tensorboard", ignore_errors=True)
-        self._board = SummaryWriter(str(path / "tensorboard"), purge_step=step + 1 if step else None)
+        self._file, self._folder = path / "metrics.jsonl", path / "tensorboard"
+        write_atomically(self._file, "".join(_records(self._file, step)))
+        with output_errors(self._folder):
+            if step == 0:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._board = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Appends a record; numbers also go to TensorBoard as kind/name."""
-        with self._file.open("a") as f:
+        with output_errors(self._file), self._file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        for name, value in _flat(values):
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with output_errors(self._folder):
+            for name, value in _flat(values):
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._board.close()
+        with output_errors(self._folder):
+            self._board.close()
+
+
+def _records(file: Path, step: int) -> list[str]:
+    """The lines of an earlier start up to `step`. Raises StateError naming a line that is no record."""
+    if not file.exists():
+        return []
+    kept = []
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break  # a killed run can leave half a last line
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode("utf-8"))
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise StateError(f"{file}, line {number}: not a record of a training run: {e!r}") from e
+    return kept

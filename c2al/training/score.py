@@ -1,32 +1,42 @@
-"""A trained model's predictions on any Parquet impressions.
+"""A trained model's predictions on any labelled Parquet impressions.
 
-Writes a folder with one part-*.parquet a rank, whose rows in order of the names are the input's:
-row id, user id, label, weight, prediction (probability of the primary head), the time column if
-there is one, and every axis column under its own name. `_complete.json` comes last.
+Writes a folder with one part-*.parquet per rank, whose rows in order of the names are the input's:
+row id, user id, label, weight, prediction (probability of the primary prediction head), the time column
+if there is one, and every axis column under its own name. `_complete.json` comes last.
 """
 
-import json
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from c2al.config import Axis
+from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.data.scores_folder import write_marker
+from c2al.data.source import File, open_dataset
+from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
 from c2al.distributed.sharding import shard_model
-from c2al.errors import CheckpointError, ConfigError
-from c2al.files import write_atomically
+from c2al.errors import ConfigError, DataError, OutputError
+from c2al.files import LOCK, output_errors
 from c2al.training.model import TrainTask, primary_prediction
-from c2al.training.run_folder import Run, open_run
+from c2al.training.run_folder import Run, config_differences, open_run, sole_writer
 
-COMPLETE = "_complete.json"
+_FREE = (
+    *("dist.", "axes", "discover.", "evaluate.", "experiment.", "train.batch_size", "train.checkpoint."),
+    *(f"data.{k}" for k in ("train", "validation", "test", "row_id", "user_id", "time", "label", "weight")),
+    *(f"data.{k}" for k in ("workers", "prefetch", "shards", "shuffle_rows")),
+)
+"""What may differ from the run's config: nothing that makes another model of it."""
+_OWN = ("label", "weight", "prediction")
+"""Columns that every folder of scores has."""
 
 
 def score(
@@ -36,94 +46,164 @@ def score(
     world: World,
     checkpoint: Path | None = None,
     batch_size: int | None = None,
-    axes: tuple[Axis, ...] | None = None,
+    config: Config | None = None,
 ) -> int:
     """Scores `data` into the folder `output` and returns the number of rows, on every rank.
 
-    Raises ConfigError when `output` exists, CheckpointError without a checkpoint, and what reading
-    the data raises; then no `output` is left behind.
+    `config` replaces the run's, e.g. to score on other ranks or to carry other axes; it must describe
+    the same model. `batch_size` counts the rows of a step over all ranks.
+
+    Raises ConfigError when `output` exists or `config` describes another model, OutputError when
+    another process writes `output`, CheckpointError without a checkpoint, DataError for a prediction
+    that is not finite and for what is wrong with the data; then no `output` is left behind.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"--batch-size: must be at least 1, is {batch_size}")
     run = open_run(run_path)
+    if config is not None:
+        run = _with_config(run, config)
     partial = output.with_name(f".{output.name}.partial")
-
-    def start() -> None:
-        if output.exists():
-            raise ConfigError(f"{output}: exists; give another --output")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    world.once(start)
-    try:
-        rows = _score(run, data, partial, world, checkpoint, batch_size, run.config.axes if axes is None else axes)
-    except BaseException:
-        if world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-    def finish() -> None:
-        write_atomically(partial / COMPLETE, json.dumps({"rows": rows, "parts": world.size}) + "\n")
-        partial.rename(output)
-
-    world.once(finish)
+    with sole_writer(partial, world):
+        try:
+            world.once(lambda: _prepare(output, partial))
+            rows = _Scoring(run, data, world, batch_size).write(partial, checkpoint)
+            world.once(lambda: _finish(partial, output, rows))
+        except BaseException:
+            if world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
     return rows
 
 
-def _score(
-    run: Run,
-    data: Sequence[str],
-    folder: Path,
-    world: World,
-    checkpoint: Path | None,
-    batch_size: int | None,
-    axes: tuple[Axis, ...],
-) -> int:
-    names = run.config.data
-    columns = [names.row_id, names.user_id, names.time, *(a.column for a in axes)]
-    carry = tuple(dict.fromkeys(c for c in columns if c and c != names.label))
-    size = batch_size or run.config.train.batch_size
-    reader = BatchReader(
-        data,
-        names,
-        run.statistics,
-        batch_size=max(size - size % world.size, world.size),
-        rank=world.rank,
-        world_size=world.size,
-        seed=run.config.seed,
-        shuffle=False,
-        shards=world.size,
-        carry=carry,
-    )
-    model = shard_model(TrainTask(run.config, world.size), run.config, world).eval()
-    checkpoints = Checkpointer(run.checkpoints, run.config.train.checkpoint, world)
-    path = checkpoint or checkpoints.latest()
-    if path is None:
-        raise CheckpointError(f"{run.checkpoints}: holds no checkpoint")
-    checkpoints.load(path, model, None)
-
-    rows, writer = 0, None
-    bar = tqdm(total=reader.steps, unit="batch", disable=None if world.rank == 0 else True)
-    with torch.no_grad():
-        for batch in reader:
-            _, (_, logit_BT, _) = model(batch.to(world.device))
-            table = _scores(batch, primary_prediction(logit_BT).cpu(), names.label)
-            if writer is None:
-                writer = pq.ParquetWriter(folder / f"part-{world.rank:05d}.parquet", table.schema, compression="zstd")
-            writer.write_table(table)
-            rows += table.num_rows
-            bar.update()
-    bar.close()
-    if writer is not None:
-        writer.close()
-    return int(world.all_sum(torch.tensor(float(rows), dtype=torch.float64)).item())
+def _with_config(run: Run, config: Config) -> Run:
+    changed = [
+        f"{key}: the model was trained with {old!r}, it cannot be scored with {new!r}"
+        for key, old, new in config_differences(run.config, config)
+        if not key.startswith(_FREE)
+    ]
+    if changed:
+        raise ConfigError(changed)
+    return dataclasses.replace(run, config=config)
 
 
-def _scores(batch: Batch, prediction_B: torch.Tensor, label: str) -> pa.Table:
-    """The columns of one batch's real rows; padding is at the end of a batch."""
-    assert batch.carried is not None
-    table, rows = batch.carried, batch.carried.num_rows
-    floats = {"label": batch.label_B, "weight": batch.weight_B, "prediction": prediction_B}
-    for name, value_B in floats.items():
-        if name in table.column_names:
-            raise ConfigError(f"data: the column '{name}' of the impressions would hide the scores' own '{name}'")
-        table = table.append_column(name, pa.array(value_B[:rows].cpu().numpy()))
-    return table
+def _prepare(output: Path, partial: Path) -> None:
+    """Refuses an output that is there, and clears what a process that died has left in `partial`."""
+    if output.exists() or output.is_symlink():
+        raise ConfigError(f"{output}: exists; give another --output")
+    with output_errors(partial):
+        for left_over in partial.iterdir():
+            if left_over.name != LOCK:
+                left_over.unlink()
+
+
+def _finish(partial: Path, output: Path, rows: int) -> None:
+    marker = write_marker(partial, tuple(p.name for p in partial.glob("part-*.parquet")))
+    if marker.rows != rows:
+        raise OutputError(
+            f"{partial}: holds {marker.rows:,} of {rows:,} rows; all ranks must write to one storage that all hosts see"
+        )
+    with output_errors(output):
+        partial.rename(output)
+        (output / LOCK).unlink()
+
+
+class _Scoring:
+    """One scoring job on this rank."""
+
+    def __init__(self, run: Run, data: Sequence[str], world: World, batch_size: int | None):
+        self.run, self.world, self.names = run, world, run.config.data
+        self.files = world.together(lambda: self._open(data))
+        size = batch_size or run.config.train.batch_size
+        self.reader = world.together(
+            lambda: BatchReader(
+                data,
+                self.names,
+                run.statistics,
+                batch_size=max(size - size % world.size, world.size),
+                rank=world.rank,
+                world_size=world.size,
+                seed=run.config.seed,
+                shuffle=False,
+                shards=world.size,
+                carry=self._carried(),
+            )
+        )
+        # With one shard per rank and no shuffling, the ranks' rows follow one another in file order.
+        self.first_row = world.rank * self.reader.rows // world.size
+
+    def _open(self, data: Sequence[str]) -> tuple[File, ...]:
+        files = open_dataset(data)
+        for file in files:
+            if self.names.label not in file.schema.names:
+                raise DataError(
+                    f"{file.name}: has no column '{self.names.label}' (data.label); "
+                    "score needs labelled impressions, since its output is for discover and evaluate"
+                )
+        return files
+
+    def _carried(self) -> tuple[str, ...]:
+        """Columns that are handed through. An axis may lie on the label or the weight itself."""
+        own = {"label": self.names.label, "weight": self.names.weight}
+        columns = [self.names.row_id, self.names.user_id, self.names.time, *(a.column for a in self.run.config.axes)]
+        carried = tuple(dict.fromkeys(c for c in columns if c and own.get(c) != c))
+        for name in _OWN:
+            if name in carried:
+                raise ConfigError(f"data: the column '{name}' of the impressions would hide the scores' own '{name}'")
+        return carried
+
+    def write(self, folder: Path, checkpoint: Path | None) -> int:
+        """Writes this rank's part and returns the number of rows over all ranks."""
+        world = self.world
+        task = TrainTask(self.run.config, world.size, self.run.names)
+        model = shard_model(task, self.run.config, world, plan_again=True).eval()
+        checkpoints = CheckpointReader(self.run.checkpoints, world)
+        if checkpoint is not None:
+            checkpoints.load(checkpoint, model)
+        else:
+            checkpoints.with_newest(lambda path: checkpoints.load(path, model))
+
+        rows, writer = 0, None
+        part = folder / f"part-{world.rank:05d}.parquet"
+        bar = tqdm(total=self.reader.steps, unit="batch", disable=None if world.rank == 0 else True)
+        with torch.no_grad(), output_errors(part):
+            for batch in self.reader:
+                _, (_, logit_BT, _) = model(batch.to(world.device))
+                table = self._scores(batch, primary_prediction(logit_BT).cpu(), self.first_row + rows)
+                if writer is None:
+                    writer = pq.ParquetWriter(part, table.schema, compression="zstd")
+                writer.write_table(table)
+                rows += table.num_rows
+                bar.update()
+            bar.close()
+            if writer is not None:
+                writer.close()
+        return int(world.all_sum(torch.tensor(rows, dtype=torch.int64)).item())
+
+    def _scores(self, batch: Batch, prediction_B: torch.Tensor, first_row: int) -> pa.Table:
+        """The columns of one batch's real rows; padding is at the end of a batch."""
+        assert batch.carried is not None
+        table, rows = batch.carried, batch.carried.num_rows
+        prediction = prediction_B[:rows].numpy()
+        for bad in np.flatnonzero(~np.isfinite(prediction))[:1]:
+            raise DataError(
+                f"{self._where(first_row + int(bad))}: the prediction is {prediction[bad]}; "
+                "the model's weights or this row's inputs are too large"
+            )
+        for option in ("row_id", "user_id"):
+            name = getattr(self.names, option)
+            if table.column(name).null_count:
+                null = int(np.flatnonzero(table.column(name).is_null().to_numpy())[0])
+                raise DataError(f"{self._where(first_row + null)}: column '{name}' is null (data.{option})")
+        columns = {"label": batch.label_B[:rows].cpu().numpy(), "weight": batch.weight_B[:rows].cpu().numpy()}
+        for column, values in {**columns, "prediction": prediction}.items():
+            table = table.append_column(column, pa.array(values))
+        return table
+
+    def _where(self, row: int) -> str:
+        """File, row group and row of a row of the data set, as messages name them."""
+        for file in self.files:
+            for group, rows in enumerate(file.row_group_rows):
+                if row < rows:
+                    return f"{file.where(group)}, row {row}"
+                row -= rows
+        raise AssertionError("a row beyond the data set")

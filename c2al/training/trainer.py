@@ -6,7 +6,7 @@ import itertools
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,60 @@ from tqdm import tqdm
 
 from c2al.config import Config
 from c2al.data.batch import Batch
-from c2al.data.parquet import BatchReader
-from c2al.distributed.checkpoint import Checkpointer
+from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
-from c2al.errors import C2ALError, TrainingError
+from c2al.errors import CheckpointError, TrainingError
+from c2al.nn.objective import targets
+from c2al.training.batches import training_batches, training_reader, validation_batches
 from c2al.training.diagnostics import YRecorder
 from c2al.training.interrupt import Interrupt
-from c2al.training.metrics import BinaryMetrics, Metric, Sums
-from c2al.training.model import TrainTask
+from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
+from c2al.training.model import Objective, TrainTask
 from c2al.training.pipeline import Clock, Pipeline
-from c2al.training.run_folder import MetricsLog, Run, start_run
+from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
+from c2al.typed import Problems, build
 
-TASKS = ("primary", "head", "tail")
+PRIMARY = "primary"
+"""Name of the primary task; the others have the names of their cohorts."""
 Y_BATCHES = 8
 """Validation batches whose Y is recorded."""
 
 
-def train(
-    config: Config, output: Path, world: World, cohorts: Path | None = None, stop_after: int | None = None
-) -> float | None:
+INTERRUPT_STEPS = 10
+"""Steps after which several ranks tell each other at the latest that one of them was told to stop."""
+
+
+def train(config: Config, output: Path, world: World, cohorts: Path | None = None) -> float | None:
     """Trains to the end, going on from the newest checkpoint in `output`, and writes the run's folder.
 
-    `stop_after` ends early, with a checkpoint, once that many steps are done in all. Returns the
-    last validation NE (None: no validation split, or undefined). Raises C2ALError, the same on
-    every rank; a run that fails before its first checkpoint leaves no folder behind.
+    Returns the last validation NE (None: no validation split, or undefined). A finished run is left as
+    it is; the NE is then the one it ended with. Trained weights are never deleted: only a run that fails
+    before its first step takes its new folder away again.
+
+    Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
+    the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
+    value met in training.
     """
-    existed = output.exists()
-    try:
-        run = start_run(output, config, cohorts, world)
-        return Trainer(run, world).train(stop_after)
-    except C2ALError:
-        if world.rank == 0 and not existed and not any((output / "checkpoints").glob("step*")):
-            shutil.rmtree(output, ignore_errors=True)
-        raise
+    missing = [p for p in (output, *output.parents) if not p.exists()]
+    with sole_writer(output, world):
+        trainer = None
+        try:
+            trainer = Trainer(start_run(output, config, cohorts, world), world)
+            return trainer.train()
+        except BaseException:
+            if world.rank == 0 and missing and (trainer is None or trainer.step == 0):
+                _remove(missing)
+            raise
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Removes the folder made[0], and of its parents made[1:] those that are empty."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for parent in made[1:]:
+            parent.rmdir()
 
 
 class Trainer:
@@ -60,14 +79,19 @@ class Trainer:
 
     def __init__(self, run: Run, world: World):
         self.run, self.world, self.config = run, world, run.config
-        self.steps_per_epoch = self.reader(epoch=0).steps
+        self.steps_per_epoch = world.together(lambda: training_reader(run, world).steps)
         self.total = self.steps_per_epoch * self.config.train.epochs
         if self.config.train.max_steps:
             self.total = min(self.total, self.config.train.max_steps)
 
         torch.manual_seed(self.config.seed)
         self.clock = Clock()
-        self.model = shard_model(TrainTask(self.config, world.size), self.config, world)
+        task = TrainTask(self.config, world.size, run.names)
+        if self.config.train.prime_biases:
+            task.model.over.heads.prime(run.base_rates.rates(self.config.train.auxiliary_target))
+        self.model = shard_model(task, self.config, world)
+        # Sharding may copy modules, so the objective is looked up in what came out of it.
+        self.objective = next(m for m in self.model.modules() if isinstance(m, Objective))
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
         self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates)
@@ -78,74 +102,63 @@ class Trainer:
             self.model,
             GradientAccumulationConfig(num_steps=self.config.train.accumulate),
         )
-        self.checkpoints = Checkpointer(run.checkpoints, self.config.train.checkpoint, world)
+        self.saved = CheckpointReader(run.checkpoints, world)
+        self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
         self.step = 0
-        if (newest := self.checkpoints.latest()) is not None:
-            self.step = self.checkpoints.load(newest, self.model, self.optimizer)["step"]
+        """Steps done."""
+        self.ne: float | None = None
+        """NE of the last evaluation."""
+        self.metrics = self._new_metrics()
+        if (newest := self.saved.latest()) is not None:
+            self._resume(newest)
 
-        self.metrics = self._new_metrics(window=self.config.train.log_every)
         self.loss_T = torch.zeros(len(self.metrics.tasks), dtype=torch.float64, device=world.device)
         """Sum of the steps' task losses since the last log line."""
+        self.step_loss_T = self.loss_T
+        """Task losses of the last step."""
         self._logged = self.step
-        self.ne: float | None = None
-        self.log = MetricsLog(run.path, self.step) if world.rank == 0 else None
+        self._stopping = False
+        self.log = world.together(lambda: MetricsLog(run.path, self.step) if world.rank == 0 else None)
+        world.together(lambda: save_plan(self.model, run.path / "plan.json") if world.rank == 0 else None)
         if world.rank == 0:
-            save_plan(self.model, run.path / "plan.json")
             print(plan_table(self.model), file=sys.stderr)
 
-    def train(self, stop_after: int | None) -> float | None:
-        """The loop: fetch, step, log, evaluate, save."""
-        train, last = self.config.train, min(self.total, stop_after or self.total)
-        batches = self._batches(self.step, last)
-        with Interrupt() as interrupt, self._progress_bar(last) as bar, self._profiler() as profiler:
-            while self.step < last:
-                self.step += 1
+    def train(self) -> float | None:
+        """The loop: fetch, step, check, log, save, evaluate."""
+        train = self.config.train
+        if self.step >= self.total:
+            self._say(
+                f"{self.run.path}: already finished: {self.step} of {self.total} steps are done, nothing to train"
+            )
+            return self.ne
+        batches = self._batches()
+        with self.checkpoints, Interrupt() as interrupt, self._progress_bar() as bar, self._profiler() as profiler:
+            while self.step < self.total:
                 self.advance(batches)
                 bar.update()
                 profiler.step()
-                if self._due(1 if self.world.size == 1 else train.log_every) or self.step == last:
-                    self._check(interrupt)
-                if self._due(train.log_every) or self.step == last:
+                self._check(interrupt)
+                if self._due(train.log_every):
                     self._log_training(bar)
-                if self._due(train.eval_every) or self.step == self.total:
-                    self._evaluate()
-                if self._due(train.y_every) or self.step == self.total:
-                    self._record_y()
-                if self._due(train.checkpoint.every_steps) or self.step == last:
+                # Saved before the validation split is read: a failure there costs no trained weights.
+                if saved := self._due(train.checkpoint.every_steps):
                     self._save()
-        self.checkpoints.wait()
+                if self._due(train.y_every):
+                    self._record_y()
+                if self._due(train.eval_every):
+                    self._evaluate()
+                    if saved:
+                        self._save(self.ne)
         if self.log is not None:
             self.log.close()
         return self.ne
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        return self.step == self.total or (every > 0 and self.step % every == 0)
 
-    def reader(self, epoch: int, start_step: int = 0) -> BatchReader:
-        """This rank's part of an epoch of the training split."""
-        data = self.config.data
-        return BatchReader(
-            data.train,
-            data,
-            self.run.statistics,
-            batch_size=self.config.train.batch_size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.seed,
-            epoch=epoch,
-            shuffle=True,
-            shards=data.shards,
-            start_step=start_step,
-            cohorts=self.run.cohorts,
-        )
-
-    def _batches(self, done: int, last: int) -> Iterator[Batch]:
-        """The batches after step `done` up to step `last`; the pipeline runs on through the ends of epochs."""
-        epoch, start = divmod(done, self.steps_per_epoch)
-        readers = itertools.chain(
-            [self.reader(epoch, start)], (self.reader(e) for e in range(epoch + 1, self.config.train.epochs))
-        )
-        batches = itertools.islice(itertools.chain.from_iterable(readers), last - done)
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the steps that are left, with the waiting for them on the clock."""
+        batches = training_batches(self.run, self.world, self.steps_per_epoch, self.step, self.total)
         while True:
             with self.clock.section("data"):
                 batch = next(batches, None)
@@ -154,92 +167,102 @@ class Trainer:
             yield batch
 
     def advance(self, batches: Iterator[Batch]) -> None:
-        """One step: forward, backward, update, and the sums of the metrics."""
-        self.world.seed_step(self.config.seed, self.step)
+        """One step: forward, backward, update, and the sums of the metrics. Never waits for the device."""
+        step = self.step + 1
+        self.world.seed_step(self.config.seed, step)
+        self.objective.at_step(step - 1, self.total)
         # The last step of all is an optimizer step whatever is accumulated.
-        task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=self.step == self.total)
+        task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
+        self.step_loss_T = task_T
         self.loss_T += task_T
-        _update(self.metrics, logit_BT, batch)
+        self._update(self.metrics, logit_BT, batch)
+        self.step = step
 
     def _check(self, interrupt: Interrupt) -> None:
-        """Stops every rank when one saw a non-finite loss or was told to stop."""
-        bad, stop = self.world.all_sum(
-            torch.tensor([not self.loss_T.isfinite().all(), interrupt.received], dtype=torch.float64)
-        ).tolist()
-        if bad:
-            self.checkpoints.wait()
-            kept = self.checkpoints.latest()
-            raise TrainingError(
-                f"{self.run.path}: the loss is not finite at or up to {self.config.train.log_every} steps before step "
-                f"{self.step} (on {bad:.0f} of {self.world.size} ranks); "
-                + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")
-            )
-        if stop and (self.step % self.config.train.accumulate == 0):
+        """Stops every rank when one saw a loss that is not finite or was told to stop.
+
+        The losses are looked at, which waits for the device, wherever a checkpoint, an evaluation or a
+        log line depends on them. The signal is the host's own and is looked at without the device.
+        """
+        train = self.config.train
+        intervals = (train.log_every, train.eval_every, train.y_every, train.checkpoint.every_steps)
+        due = any(self._due(every) for every in intervals)
+        if self.world.size == 1:
+            self._stopping = interrupt.received
+        elif due or self.step % INTERRUPT_STEPS == 0:
+            told = self.world.all_sum(torch.tensor(float(interrupt.received)))
+            self._stopping = self._stopping or bool(told.item())
+        # Half-summed gradients are not saved.
+        stop = self._stopping and self.step % train.accumulate == 0 and self.step < self.total
+        if due or stop:
+            self._refuse_nonfinite()
+        if stop:
             self._save()
             self.checkpoints.wait()
             raise TrainingError(f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on")
 
+    def _refuse_nonfinite(self) -> None:
+        """Raises TrainingError on every rank when a loss since the last log line is not finite on any."""
+        bad = self.world.all_sum(torch.tensor(float(not self.loss_T.isfinite().all()))).item()
+        if bad:
+            self.checkpoints.wait()
+            kept = self.saved.latest()
+            raise TrainingError(
+                f"{self.run.path}: the loss is not finite at a step from {self._logged + 1} to {self.step} (on "
+                f"{bad:.0f} of {self.world.size} ranks); "
+                + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")
+            )
+
     def _log_training(self, bar: Any) -> None:
         window, lifetime = self._merged(self.metrics.window), self._merged(self.metrics.lifetime)
+        self.metrics.reset_window()
         seconds = self.clock.lap()
         steps, self._logged = self.step - self._logged, self.step
         loss_T = self.world.all_sum(self.loss_T / self.world.size / steps).tolist()
         self.loss_T.zero_()
         speed = self.config.train.batch_size * steps / seconds["total"]
-        if self.log is not None:
-            values = {
-                "loss": dict(zip(self.metrics.tasks, loss_T, strict=True)),
-                "window": _table(window),
-                "lifetime": _table(lifetime),
-                "samples_per_second": speed,
-                "seconds": seconds,
-                "input_dist_overlapped": self.pipeline.overlapped,
-                "peak_memory_mib": _peak_memory_mib(self.world.device),
-                "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
-            }
-            self.log.write(self.step, "train", values)
-            bar.set_postfix_str(f"{speed:,.0f} samples/s, NE {_shown(window['primary']['all'].ne)}")
+        shown = window.compute()
+        values = {
+            "loss": dict(zip(self.metrics.tasks, loss_T, strict=True)),
+            "window": _table(shown),
+            "lifetime": _table(lifetime.compute()),
+            "samples_per_second": speed,
+            "seconds": seconds,
+            "input_dist_overlapped": self.pipeline.overlapped,
+            "peak_memory_mib": _peak_memory_mib(self.world.device),
+            "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
+            "lambda": dict(zip(self.run.names, self.objective.lambda_C, strict=True)),
+        }
+        self._record("train", values)
+        bar.set_postfix_str(f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}")
+
+    def _record(self, kind: str, values: dict[str, Any]) -> None:
+        """Writes a record of this step on rank 0; a disk that is full ends all ranks."""
+        log = self.log
+        self.world.together(lambda: log.write(self.step, kind, values) if log is not None else None)
 
     def _evaluate(self) -> None:
         """NE on the validation split; with none, nothing."""
         if not self.config.data.validation:
             return
-        metrics = self._new_metrics(window=1)
+        metrics = self._new_metrics()
         with self._evaluating():
-            for batch in self._validation():
+            for batch in validation_batches(self.run, self.world):
                 _, (_, logit_BT, batch) = self.model(batch)
-                _update(metrics, logit_BT, batch)
-        result = self._merged(metrics.lifetime)
+                self._update(metrics, logit_BT, batch)
+        result = self._merged(metrics.lifetime).compute()
         self.ne = result["primary"]["all"].ne
-        if self.log is not None:
-            self.log.write(self.step, "validation", _table(result))
-            tqdm.write(f"step {self.step}: validation NE {_shown(self.ne)}", file=sys.stderr)
+        self._record("validation", _table(result))
+        self._say(f"step {self.step}: validation NE {_shown(self.ne)}")
 
     def _record_y(self) -> None:
-        """The distribution of every Y on the head of the validation split, as rank 0 sees it."""
+        """The distribution of every Y on the first batches of the validation split, as rank 0 sees it."""
         if not self.config.data.validation or "fm_attention" not in self.config.model.interactions:
             return
         with self._evaluating(), YRecorder(self.model) as recorder:
-            for batch in itertools.islice(self._validation(), Y_BATCHES):
+            for batch in itertools.islice(validation_batches(self.run, self.world), Y_BATCHES):
                 self.model(batch)
-        if self.log is not None:
-            self.log.write(self.step, "y", recorder.summary())
-
-    def _validation(self) -> Iterator[Batch]:
-        data = self.config.data
-        reader = BatchReader(
-            data.validation,
-            data,
-            self.run.statistics,
-            batch_size=self.config.train.batch_size - self.config.train.batch_size % self.world.size,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            seed=self.config.seed,
-            shuffle=False,
-            shards=self.world.size,
-            cohorts=self.run.cohorts,
-        )
-        return (batch.to(self.world.device) for batch in reader)
+        self._record("y", recorder.summary())
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -251,20 +274,52 @@ class Trainer:
         self.model.train()
         self.pipeline.attach(self.model)
 
-    def _save(self) -> None:
+    def _save(self, ne: float | None = None) -> None:
+        """Saves this step; `ne` is that of the very weights that are saved, or None."""
         with self.clock.section("checkpoint"):
-            self.checkpoints.save(self.step, self.model, self.optimizer, {"step": self.step}, self.ne)
+            # Rank 0's `extra` is the one that is kept, so it holds the totals of all ranks.
+            extra = _Extra(step=self.step, ne=self.ne, lifetime=self._merged(self.metrics.lifetime).saved())
+            self.checkpoints.save(
+                self.step, self.model, self.optimizer, dataclasses.asdict(extra), loss=self.step_loss_T, ne=ne
+            )
 
-    def _new_metrics(self, window: int) -> BinaryMetrics:
-        tasks = TASKS if self.config.train.auxiliary else TASKS[:1]
-        cohorts = TASKS[1:] if self.run.cohorts else ()
-        return BinaryMetrics(tasks, cohorts, window=window, device=self.world.device)
+    def _resume(self, path: Path) -> None:
+        """Goes on from a checkpoint: weights, optimizer, position and the totals of the metrics."""
+        extra = self.saved.load(path, self.model, self.optimizer, same_arithmetic=True)
+        try:
+            problems: list[str] = []
+            saved = build(_Extra, extra, "", problems)
+            if problems:
+                raise ValueError("; ".join(problems))
+            lifetime = saved.lifetime.restored()
+            self.metrics = self._new_metrics(lifetime if self.world.rank == 0 else None)
+        except ValueError as e:
+            raise CheckpointError(f"{path}: not a checkpoint of this training run: {e}") from e
+        self.step, self.ne = saved.step, saved.ne
+        if self.step < self.total and self.step % self.config.train.accumulate:
+            raise CheckpointError(
+                f"{path}: ended between two optimizer steps, since train.max_steps was no multiple of "
+                f"train.accumulate = {self.config.train.accumulate}; it cannot go on to step {self.total}"
+            )
 
-    def _merged(self, sums: Sums) -> dict[str, dict[str, Metric]]:
-        return dataclasses.replace(sums, sums_CTS=self.world.all_sum(sums.sums_CTS)).compute()
+    def _say(self, text: str) -> None:
+        if self.world.rank == 0:
+            tqdm.write(text, file=sys.stderr)
 
-    def _progress_bar(self, last: int) -> Any:
-        return tqdm(total=last, initial=self.step, unit="step", disable=None if self.world.rank == 0 else True)
+    def _new_metrics(self, lifetime: Sums | None = None) -> BinaryMetrics:
+        names = self.run.names
+        return BinaryMetrics((PRIMARY, *names), names, device=self.world.device, lifetime=lifetime)
+
+    def _update(self, metrics: BinaryMetrics, logit_BT: Tensor, batch: Batch) -> None:
+        target_BT = targets(batch.label_B, batch.member_BC, self.objective.target)
+        metrics.update(logit_BT, target_BT, batch.weight_B, batch.member_BC)
+
+    def _merged(self, sums: Sums) -> Sums:
+        return dataclasses.replace(sums, sums_CTS=self.world.all_sum(sums.sums_CTS))
+
+    def _progress_bar(self) -> Any:
+        shown = None if self.world.rank == 0 else True
+        return tqdm(total=self.total, initial=self.step, unit="step", disable=shown)
 
     def _profiler(self) -> Any:
         steps = self.config.train.profile_steps
@@ -284,11 +339,17 @@ class NoProfile(contextlib.nullcontext["NoProfile"]):
         pass
 
 
-def _update(metrics: BinaryMetrics, logit_BT: Tensor, batch: Batch) -> None:
-    label_BT = batch.label_B[:, None]
-    if len(metrics.tasks) > 1:
-        label_BT = torch.cat([label_BT, label_BT * batch.member_B2], dim=1)
-    metrics.update(logit_BT, label_BT, batch.weight_B, batch.member_B2 if len(metrics.cohorts) > 1 else None)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Extra:
+    """What a checkpoint keeps beside the tensors."""
+
+    step: int
+    ne: float | None
+    lifetime: SavedSums
+
+    def problems(self) -> Problems:
+        if self.step < 0:
+            yield "step", f"must not be negative, is {self.step}"
 
 
 def _table(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:

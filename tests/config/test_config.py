@@ -3,8 +3,10 @@ import re
 import tomllib
 
 import pytest
+from torch import nn
 
-from c2al.config import dump_config, load_config, parse_config, replace, save_config
+from c2al.config import dump_config, load_config, parse_config, redacted_config, replace, save_config
+from c2al.config.names import TAKEN
 from c2al.errors import ConfigError
 
 TREE = {
@@ -70,6 +72,8 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path):
         ({"train.dropout": 0.1}, "train.dropout: unknown key"),
         ({"model.dropout": float("nan")}, "model.dropout: must be finite"),
         ({"data.label.x": 1}, "'label' is not a section"),
+        ({"data.label": ""}, "data.label: must name a column"),
+        ({"data.sparse": ()}, "data.sparse: at least one sparse feature is needed"),
     ],
 )
 def test_impossible_values_are_refused(changes, message):
@@ -84,8 +88,9 @@ def test_impossible_values_are_refused(changes, message):
         ({"name": "x", "column": "c", "kind": "percentiles"}, "axes[3].percentiles: needed by"),
         ({"name": "x", "column": "c", "kind": "percentiles", "percentiles": [5, 95]}, "must ascend strictly from 0"),
         ({"name": "x", "kind": "cross", "cross": ["a"]}, "takes two or three axes, has 1"),
-        ({"name": "x", "kind": "cross", "cross": ["a", "a_p"]}, "unknown axis 'a_p'"),
+        ({"name": "x", "kind": "cross", "cross": ["a", "a_p"]}, "axis 'a_p' is a cross itself; name its axes instead"),
         ({"name": "a", "column": "c"}, "axes: axis 'a' is declared twice"),
+        ({"name": "", "column": "c"}, "axes[3].name: must not be empty"),
     ],
 )
 def test_impossible_axes_are_refused(axis, message):
@@ -96,11 +101,118 @@ def test_impossible_axes_are_refused(axis, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["a", "a"], "axes[4].cross: names axis 'a' twice"),
+        (["a", "none"], "axes[4].cross: unknown axis 'none'"),
+        (["p", "a", "again"], "axes[4].cross: axes 'a' and 'again' are both on column 'a'"),
+        (["a", "a_p"], "axes[4].cross: axis 'a_p' is a cross itself; name its axes instead"),
+    ],
+)
+def test_a_cross_of_an_axis_with_itself_is_refused_by_its_own_name(parts, message):
+    tree = copy()
+    tree["axes"] += [{"name": "again", "column": "a"}, {"name": "x", "kind": "cross", "cross": parts}]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert str(caught.value).startswith(f"config: {message}")
+    assert len(caught.value.problems) == 1
+
+
+def sparse(**feature) -> dict:
+    return {"data": {"sparse": [{"num_embeddings": 10, **feature}]}}
+
+
+def test_names_that_torch_refuses_for_a_table_are_refused_with_the_way_out():
+    torch_has = dir(nn.ModuleDict())
+    assert {n for n in torch_has if not n.startswith("__")} == TAKEN, "c2al/config/names.py is of another torch"
+    for name in [*torch_has, "user.id"]:
+        with pytest.raises(KeyError):
+            nn.ModuleDict({name: nn.Identity()})
+        for field, feature in (("column", {"column": name}), ("name", {"column": "c", "name": name})):
+            with pytest.raises(ConfigError) as caught:
+                parse_config(sparse(**feature))
+            assert f"data.sparse[0].{field}: '{name}' " in str(caught.value)
+        (way_out,) = re.findall(r"name = '(.*)'$", str(caught.value))
+        assert parse_config(sparse(column=name, name=way_out)).data.sparse[0].key == way_out
+    with pytest.raises(ConfigError, match=r"data\.sparse\[0\]\.column: must not be empty"):
+        parse_config(sparse(column=""))
+
+
+@pytest.mark.parametrize("name", ["typ", "Zürich 東京", "_", "a-b", "weight", "embedding_bags", "a/b"])
+def test_names_that_torch_takes_are_taken(name):
+    nn.ModuleDict({name: nn.Identity()})
+    assert parse_config(sparse(column=name)).data.sparse[0].key == name
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_matter(tmp_path):
+    config = parse_config(TREE)
+    (tmp_path / "bom.toml").write_bytes(dump_config(config).replace("\n", "\r\n").encode("utf-8-sig"))
+    assert load_config(tmp_path / "bom.toml") == config
+
+
+@pytest.mark.parametrize("content", [b"a = [", b"a = '\xff'", b"a = " + b"9" * 5000, b"a = " + b"[" * 5000, b"\x00"])
+def test_a_damaged_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "broken.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.toml: not a readable TOML file"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_a_folder_or_an_unreadable_path_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="not a readable TOML file: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_any_value_survives_saving_and_overriding(tmp_path):
+    words = {
+        "data.label": 'it\'s "quoted" \\ \t\n\x7f 東京 \U0001f600 = [1]',
+        "data.train": ["a'b", "s3://bucket/[x]/**", ""],
+        "train.optimizer.sparse_eps": 1e-300,
+        "seed": 2**63 - 1,
+        "train.optimizer.betas": [0.1, 1e-9],
+        "axes": [{"name": "é", "column": "x", "kind": "edges", "edges": [-1e300, 0.5]}],
+        "dist.plan": "",
+    }
+    config = replace(parse_config(TREE), **words)
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+    overrides = [f"--data.label={words['data.label']}", "--seed", "7", "--axes", "[]", "--data.test", "['x']"]
+    again = load_config(tmp_path / "config.toml", overrides)
+    assert (again.data.label, again.seed, again.axes, again.data.test) == (words["data.label"], 7, (), ("x",))
+    save_config(again, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == again
+
+
+def test_a_saved_config_holds_no_secrets_and_equals_the_redacted_one(tmp_path):
+    secrets = ["AKIA", "s3cr3t", "sl/ash", "at@sign", "t0ken"]
+    uris = [
+        "s3://AKIA:s3cr3t@b/x?region=eu",
+        "s3://AKIA:sl/ash@b/x",
+        "s3://AKIA:at@sign@b/x",
+        "gs://b/x?sas_token=t0ken",
+    ]
+    config = replace(parse_config(TREE), **{"data.train": uris, "data.test": ["hdfs://host:8020/u/a@b", "s3://b/a@b"]})
+    save_config(config, tmp_path / "config.toml")
+    text = (tmp_path / "config.toml").read_text(encoding="utf-8")
+    assert not [s for s in secrets if s in text]
+    saved = load_config(tmp_path / "config.toml")
+    assert saved == redacted_config(config) == redacted_config(saved) != config
+    assert saved.data.train == ("s3://***@b/x?region=eu", "s3://***@b/x", "s3://***@b/x", "gs://b/x?sas_token=***")
+    assert saved.data.test == config.data.test
+
+
 def test_overrides_that_make_no_sense(tmp_path):
     for words, message in (
         (["train"], "'train' is not an override"),
         (["--train.batch_size"], "--train.batch_size has no value"),
         (["--train.batchsize", "8"], "train.batchsize: unknown key; did you mean 'batch_size'?"),
+        (["--seed", "1", "--seed=2"], "command line: --seed is given twice"),
+        (
+            ["--axes.0.name", "b"],
+            "axes.0.name: 'axes' is a list, which an override replaces as a whole: --axes='[...]'",
+        ),
+        (["--data.sparse.a", "b"], "data.sparse.a: 'data.sparse' is a list"),
+        (["--seed", "1\nx = 2"], "seed: expected int, got string"),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_config(copy(), words)

@@ -1,5 +1,6 @@
 """Cohorts against rows picked by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -88,7 +89,13 @@ def document(**changes):
     ]
     axis = {"name": "tab", "columns": ["tab"], "cohorts": cohorts}
     head, tail = ({"axis": "tab", "name": c["name"], "conditions": c["conditions"]} for c in cohorts)
-    return {"version": 1, "chosen": {"head": head, "tail": tail, "reason": "r"}, "axes": [axis], **changes}
+    return {
+        "format": "c2al.cohorts",
+        "version": 2,
+        "chosen": {"head": head, "tail": tail, "reason": "r"},
+        "axes": [axis],
+        **changes,
+    }
 
 
 def written(tmp_path, tree):
@@ -100,11 +107,47 @@ def written(tmp_path, tree):
 def test_what_is_read_is_what_was_written(tmp_path):
     cohorts = read_cohorts(written(tmp_path, document()))
     head, tail = cohorts.chosen()
-    assert head == spec(Condition(column="tab", equals=1), axis="tab", name="1")
+    assert head == dataclasses.replace(spec(Condition(column="tab", equals=1), axis="tab", name="1"), label="head")
     assert tail.membership(TABLE).tolist() == [False, False, True, False, False, False]
     assert cohorts.axes[0].codes(TABLE).tolist() == [0, -1, 1, -1, 0, -1]
     interval = Condition(column="x", lower=None, upper=0.5)
     assert Condition.from_json(json.loads(json.dumps(interval.to_json())), "f") == interval
+
+
+def test_any_number_of_chosen_cohorts_with_names_of_their_own(tmp_path):
+    tab = document()["axes"][0]["cohorts"]
+    other = {"name": "young", "axis": "age", "conditions": [{"column": "age", "lower": None, "upper": 20}]}
+    chosen = [{"name": label, "axis": "tab", "conditions": c["conditions"]} for label, c in zip("ab", tab, strict=True)]
+    tree = document(chosen={"cohorts": [*chosen, other], "reason": "r"})
+    found = read_cohorts(written(tmp_path, tree)).chosen()
+    assert [(c.label, c.axis, c.name) for c in found] == [
+        ("a", "tab", "1"),
+        ("b", "tab", "null"),
+        ("young", "age", "young"),
+    ]
+    one = read_cohorts(written(tmp_path, document(chosen={"cohorts": [other], "reason": "r"}))).chosen()
+    assert [c.label for c in one] == ["young"]
+    none = document(chosen={"cohorts": [], "reason": "all alike"})
+    with pytest.raises(CohortError, match="all alike"):
+        read_cohorts(written(tmp_path, none)).chosen()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (["primary"], "'primary'.*is none of primary, all, overall"),
+        (["all"], "'all'"),
+        (["a.b"], "'a.b'"),
+        ([""], "''"),
+        (["x", "x"], "two chosen cohorts are named 'x'"),
+    ],
+)
+def test_a_name_that_metrics_or_configs_cannot_hold_is_refused(tmp_path, labels, words):
+    conditions = [{"column": "tab", "equals": 1}]
+    chosen = [{"name": label, "axis": "tab", "conditions": conditions} for label in labels]
+    path = written(tmp_path, document(chosen={"cohorts": chosen, "reason": "r"}))
+    with pytest.raises(CohortError, match=words):
+        read_cohorts(path)
 
 
 def test_no_choice_says_why(tmp_path):
@@ -121,10 +164,10 @@ def with_cohorts(*conditions):
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ("{", "not a readable"),
-        (document(version=2), "version is 2"),
-        ([], "version is None"),
-        ({"version": 1}, "chosen"),
+        ("{", "not strict JSON"),
+        (document(version=1), "version 1; this c2al reads"),
+        ([], "holds no JSON object"),
+        ({"format": "c2al.cohorts", "version": 2}, "chosen"),
         (with_cohorts([{"column": "tab", "equals": None}]), "not a condition"),
         (with_cohorts([{"column": "tab", "equals": 1.5}]), "not a condition"),
         (with_cohorts([{"column": "tab", "lower": "0", "upper": 1}]), "not a condition"),
@@ -139,3 +182,57 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path, tree, words):
     with pytest.raises(CohortError, match=words) as caught:
         read_cohorts(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(document()).replace('"equals": 1', '"equals": ' + "9" * 400),
+        json.dumps(document()).replace('"equals": 1', '"lower": 1e999, "upper": null'),
+        json.dumps(document()).replace('"equals": 1', '"lower": NaN, "upper": 1'),
+        json.dumps(document()).replace('"equals": 1', '"lower": 2, "upper": 1'),
+        json.dumps(document()).replace('"equals": 1', '"equals": ' + "[" * 100_000),
+        json.dumps(document()).replace('"equals": 1', '"equals": {"a": 1}'),
+        json.dumps(document()).replace('"name": "tab"', '"name": 7'),
+        json.dumps(document(chosen=[])),
+        json.dumps(document(axes={})),
+        json.dumps(document(axes=[7])),
+        json.dumps(document(version=True)),
+        json.dumps(document(format="other")),
+        json.dumps(document(chosen={"head": None, "tail": None, "reason": None})),
+        json.dumps(document(axes=document()["axes"] * 2)),
+        '{"format": "c2al.cohorts", "format": "c2al.cohorts", "version": 2}',
+    ],
+)
+def test_damaged_or_foreign_files_are_refused_by_name(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(CohortError) as caught:
+        read_cohorts(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_bytes_that_are_not_utf_8_are_refused_by_name(tmp_path):
+    path = tmp_path / "cohorts.json"
+    path.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(CohortError, match="not UTF-8"):
+        read_cohorts(path)
+
+
+def test_integers_of_any_width_meet_categories_and_cuts_of_any_size():
+    narrow = pa.table({"c": pa.array([1, None, 127], pa.int8())})
+    wide = pa.table({"c": pa.array([2**64 - 1, None, 7], pa.uint64())})
+    nanoseconds = pa.table({"c": pa.array([2**62 + 1, None, 5])})
+    assert spec(Condition(column="c", equals=300)).membership(narrow).tolist() == [False] * 3
+    assert spec(Condition(column="c", equals=-1)).membership(wide).tolist() == [False] * 3
+    assert spec(Condition(column="c", equals=7)).membership(wide).tolist() == [False, False, True]
+    for table in (wide, nanoseconds):
+        assert spec(Condition(column="c", lower=2.0**61)).membership(table).tolist() == [True, False, False]
+
+
+def test_string_view_is_text():
+    table = pa.table({"c": pa.array(["a", None, "b"], pa.string_view())})
+    assert spec(Condition(column="c", equals="b")).membership(table).tolist() == [False, False, True]
+
+
+def test_a_float_beyond_float32_lies_in_the_last_interval():
+    assert spec(Condition(column="c", lower=1.0)).membership(pa.table({"c": [1e300, 0.0]})).tolist() == [True, False]

@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow as pa
 
 from c2al.config import Axis
-from c2al.discovery.accumulate import BLOCK_ROWS, BlockScanner, Columns
+from c2al.discovery.accumulate import BLOCK_ROWS, BlockScanner
+from c2al.discovery.axes import Columns
 from c2al.discovery.histogram import Counts
 
 AXIS = Axis(name="axis", column="axis")

@@ -7,21 +7,25 @@ import pyarrow as pa
 import pytest
 
 from c2al.config import Axis, DiscoverConfig
-from c2al.discovery.accumulate import Accumulators, BlockScanner, Columns, cohort_spec, fixed_cuts, parts, targets
+from c2al.discovery.accumulate import BlockScanner
+from c2al.discovery.accumulators import Accumulators
+from c2al.discovery.axes import Columns, cohort_spec, fixed_cuts, parts, targets
 from c2al.discovery.describe import LISTED_PAIRS, describe, table
+from c2al.discovery.saved import load_accumulators, save_accumulators
 from c2al.errors import CohortError
 
 TAB = Axis(name="tab", column="tab")
 AGE = Axis(name="age", column="age", kind="edges", edges=(18.0, 35.0))
 LEVEL = Axis(name="level", column="level", kind="percentiles", percentiles=(0.0, 5.0, 100.0))
 CROSS = Axis(name="age_tab", kind="cross", cross=("age", "tab"))
+COLUMNS = Columns(prediction="p", label="y", user="u")
 
 
 def accumulated(table, axes, cuts):
-    scanner = BlockScanner(axes, cuts, Columns(prediction="p", label="y", user="u"), cap=100, jackknife=True)
+    scanner = BlockScanner(axes, cuts, COLUMNS, cap=100, jackknife=True)
     for batch in table.to_batches():
         scanner.add(batch, 0)
-    return Accumulators.empty(axes, cuts, jackknife=True).plus(scanner.take())
+    return Accumulators.empty(axes, cuts, COLUMNS, jackknife=True).plus(scanner.take())
 
 
 def many_cohorts(cohorts=20, rows=20_000):
@@ -95,10 +99,11 @@ def test_axes_that_cannot_be_cut_are_refused():
 
 def test_accumulators_survive_a_file(tmp_path):
     total = accumulated(many_cohorts(5, 500), (TAB,), {})
-    total.save(tmp_path / "a.npz", finished=[[0, 1]])
-    loaded, extra = Accumulators.load(tmp_path / "a.npz")
-    assert extra == {"finished": [[0, 1]]}
-    assert (loaded.axes, loaded.cuts, loaded.jackknife) == (total.axes, total.cuts, total.jackknife)
+    save_accumulators(tmp_path / "a.npz", total, [(0, 1)])
+    loaded, finished = load_accumulators(tmp_path / "a.npz")
+    assert finished == ((0, 1),)
+    for field in ("axes", "cuts", "jackknife", "columns", "files"):
+        assert getattr(loaded, field) == getattr(total, field)
     assert loaded.counts[0].keys == total.counts[0].keys
     assert (loaded.counts[0].fine_CS22 == total.counts[0].fine_CS22).all()
     assert (loaded.counts[0].group_CGK == total.counts[0].group_CGK).all()

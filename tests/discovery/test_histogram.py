@@ -1,4 +1,4 @@
-"""Counts against a slow count that knows only the definition: 64 bins an octave from 2^-24 to 1."""
+"""Counts against a slow count that knows only the definition: 64 bins per octave from 2^-24 to 1."""
 
 import math
 from collections import Counter

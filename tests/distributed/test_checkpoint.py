@@ -14,14 +14,16 @@ import torch
 import toy
 
 from c2al.config import CheckpointConfig
-from c2al.distributed.checkpoint import MARKER, Checkpointer, load_unsharded
+from c2al.distributed.checkpoint import MARKER, TENSORS, CheckpointReader, CheckpointWriter, load_unsharded
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables
 from c2al.errors import CheckpointError
 from ranks import run_ranks
 
 SYNCHRONOUS = CheckpointConfig(asynchronous=False)
+FINITE = torch.ones(1)
 
 
 def build(world, seed: int = 0, model: torch.nn.Module | None = None, **overrides: object):
@@ -53,14 +55,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, world, asy
 
     first, first_optimizer = build(world, **schedule)
     losses = [toy.train_step(first, first_optimizer, s, 0, 1) for s in range(6)]
-    writer = Checkpointer(tmp_path, CheckpointConfig(asynchronous=asynchronous), world)
-    writer.save(6, first, first_optimizer, {"step": 6, "sums": [0.1, 1e-300]})
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(asynchronous=asynchronous), world)
+    writer.save(6, first, first_optimizer, {"step": 6, "sums": [0.1, 1e-300]}, loss=FINITE)
     # Training goes on while the copy is written.
     toy.train_step(first, first_optimizer, 6, 0, 1)
     writer.wait()
 
     second, second_optimizer = build(world, seed=5, **schedule)
-    reader = Checkpointer(tmp_path, SYNCHRONOUS, world)
+    reader = CheckpointReader(tmp_path, world)
     extra = reader.load(reader.latest(), second, second_optimizer)
     assert extra == {"step": 6, "sums": [0.1, 1e-300]}
     losses += [toy.train_step(second, second_optimizer, s, 0, 1) for s in range(6, 10)]
@@ -71,10 +73,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, world, asy
 def test_an_asynchronous_save_returns_before_it_is_written(tmp_path, world, monkeypatch):
     dmp, optimizer = build(world)
     gate = threading.Event()
-    writer = Checkpointer(tmp_path, CheckpointConfig(), world)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(), world)
     save = writer._save
     monkeypatch.setattr(writer, "_save", lambda *args: (gate.wait(30), save(*args)))
-    writer.save(1, dmp, optimizer, {})
+    writer.save(1, dmp, optimizer, {}, loss=FINITE)
     assert names(tmp_path) == []
     saved = {n: p.detach().clone() for n, p in dmp.module.named_parameters() if n.startswith("over")}
     user = local_tables(dmp)[0].blocks[0].weight_RD
@@ -93,43 +95,45 @@ def test_an_asynchronous_save_returns_before_it_is_written(tmp_path, world, monk
 def test_model_alone_can_be_loaded(tmp_path, world):
     dmp, optimizer = build(world)
     toy.train_step(dmp, optimizer, 0, 0, 1)
-    writer = Checkpointer(tmp_path, SYNCHRONOUS, world)
-    assert writer.latest() is None
-    writer.save(1, dmp, optimizer, {})
+    writer = CheckpointWriter(tmp_path, SYNCHRONOUS, world)
+    reader = CheckpointReader(tmp_path, world)
+    assert reader.latest() is None
+    writer.save(1, dmp, optimizer, {}, loss=FINITE)
     other, _ = build(world, seed=3)
-    writer.load(writer.latest(), other)
+    reader.load(reader.latest(), other)
     assert all(torch.equal(a, b) for a, b in zip(weights(other), weights(dmp), strict=True))
 
 
 def test_the_last_and_the_best_are_kept(tmp_path, world):
     dmp, optimizer = build(world)
-    writer = Checkpointer(tmp_path, CheckpointConfig(keep_last=2, keep_best=1, asynchronous=False), world)
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(keep_last=2, keep_best=1, asynchronous=False), world)
     kept = []
     for step, ne in [(1, 0.9), (2, 0.7), (3, None), (4, 0.8), (5, 0.7), (6, 0.95)]:
-        writer.save(step, dmp, optimizer, {}, ne)
+        writer.save(step, dmp, optimizer, {}, loss=FINITE, ne=ne)
         kept.append([int(n.removeprefix("step-")) for n in names(tmp_path)])
     # An NE as good as the best replaces it: the later one has seen more.
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [4, 5], [5, 6]]
-    assert writer.latest() == tmp_path / "step-00000006"
+    assert CheckpointReader(tmp_path, world).latest() == tmp_path / "step-00000006"
 
 
 def test_saving_a_step_again_renews_its_ne_and_extra(tmp_path, world):
     dmp, optimizer = build(world)
-    writer = Checkpointer(tmp_path, SYNCHRONOUS, world)
-    writer.save(1, dmp, optimizer, {"a": 1})
-    before = (tmp_path / "step-00000001" / "__0_0.distcp").stat().st_mtime_ns
-    writer.save(1, dmp, optimizer, {"a": 2}, ne=0.5)
-    assert writer.load(writer.latest(), dmp, optimizer) == {"a": 2}
+    writer = CheckpointWriter(tmp_path, SYNCHRONOUS, world)
+    writer.save(1, dmp, optimizer, {"a": 1}, loss=FINITE)
+    before = (tmp_path / "step-00000001" / "rank-00000.bin").stat().st_mtime_ns
+    writer.save(1, dmp, optimizer, {"a": 2}, loss=FINITE, ne=0.5)
+    reader = CheckpointReader(tmp_path, world)
+    assert reader.load(reader.latest(), dmp, optimizer) == {"a": 2}
     marker = json.loads((tmp_path / "step-00000001" / MARKER).read_text())
     assert marker["ne"] == 0.5
-    assert (tmp_path / "step-00000001" / "__0_0.distcp").stat().st_mtime_ns == before
+    assert (tmp_path / "step-00000001" / "rank-00000.bin").stat().st_mtime_ns == before
 
 
 def test_extra_must_be_json(tmp_path, world):
     dmp, optimizer = build(world)
-    writer = Checkpointer(tmp_path, SYNCHRONOUS, world)
+    writer = CheckpointWriter(tmp_path, SYNCHRONOUS, world)
     with pytest.raises(CheckpointError, match="extra is not JSON"):
-        writer.save(1, dmp, optimizer, {"tensor": torch.ones(1)})
+        writer.save(1, dmp, optimizer, {"tensor": torch.ones(1)}, loss=FINITE)
     assert names(tmp_path) == []
 
 
@@ -138,12 +142,12 @@ def die_at(folder: Path, event: int) -> int:
     file or folder. Returns how many there were if it lives."""
     with process_group(toy.config().dist) as world:
         dmp, optimizer = build(world)
-        writer = Checkpointer(folder, CheckpointConfig(keep_last=2, keep_best=0, asynchronous=False), world)
+        writer = CheckpointWriter(folder, CheckpointConfig(keep_last=2, keep_best=0, asynchronous=False), world)
         for step in (1, 2):
             toy.train_step(dmp, optimizer, step, 0, 1)
-            writer.save(step, dmp, optimizer, {"step": step})
+            writer.save(step, dmp, optimizer, {"step": step}, loss=FINITE)
         toy.train_step(dmp, optimizer, 3, 0, 1)
-        writer = Checkpointer(folder, CheckpointConfig(keep_last=1, keep_best=0, asynchronous=False), world)
+        writer = CheckpointWriter(folder, CheckpointConfig(keep_last=1, keep_best=0, asynchronous=False), world)
         seen = 0
 
         def hook(name: str, args: tuple) -> None:
@@ -155,7 +159,7 @@ def die_at(folder: Path, event: int) -> int:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        writer.save(3, dmp, optimizer, {"step": 3})
+        writer.save(3, dmp, optimizer, {"step": 3}, loss=FINITE)
         return seen
 
 
@@ -165,8 +169,9 @@ def reopen(folders: list[Path]) -> list[int]:
     with process_group(toy.config().dist) as world:
         for folder in folders:
             dmp, optimizer = build(world, seed=9)
-            reader = Checkpointer(folder, SYNCHRONOUS, world)
+            reader = CheckpointReader(folder, world)
             steps.append(reader.load(reader.latest(), dmp, optimizer)["step"])
+            CheckpointWriter(folder, SYNCHRONOUS, world)
     return steps
 
 
@@ -188,7 +193,7 @@ def test_killed_before_any_file_operation_the_previous_checkpoint_loads(tmp_path
 def write_two(folder: Path) -> None:
     with process_group(toy.config().dist) as world:
         dmp, optimizer = build(world, dist__sharding=["row_wise"])
-        Checkpointer(folder, SYNCHRONOUS, world).save(1, dmp, optimizer, {})
+        CheckpointWriter(folder, SYNCHRONOUS, world).save(1, dmp, optimizer, {}, loss=FINITE)
 
 
 def read_two(path: Path, dim: int, extra: bool) -> tuple[str, bool]:
@@ -196,7 +201,7 @@ def read_two(path: Path, dim: int, extra: bool) -> tuple[str, bool]:
     with process_group(toy.config().dist) as world:
         dmp, optimizer = build(world, 4, toy.Toy(4, dim=dim, extra=extra), dist__sharding=["row_wise"])
         before = weights(dmp)
-        reader = Checkpointer(path.parent, SYNCHRONOUS, world)
+        reader = CheckpointReader(path.parent, world)
         try:
             reader.load(path, dmp, optimizer)
         except CheckpointError as e:
@@ -207,12 +212,15 @@ def read_two(path: Path, dim: int, extra: bool) -> tuple[str, bool]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "__1_0.distcp").unlink(), r"__1_0\.distcp: shard file is missing"),
-        (lambda p: (p / ".metadata").unlink(), r"\.metadata: shard file is missing"),
-        (lambda p: flip(p / "__0_0.distcp"), r"__0_0\.distcp: damaged: its SHA-256 is not the one"),
-        (lambda p: os.truncate(p / "__1_0.distcp", 100), r"__1_0\.distcp: damaged: 100 bytes instead of \d+"),
+        (lambda p: (p / "rank-00001.bin").unlink(), r"rank-00001\.bin: no such file"),
+        (lambda p: (p / TENSORS).unlink(), r"tensors\.json: no such file"),
+        (lambda p: flip(p / "rank-00000.bin"), r"rank-00000\.bin: damaged: its SHA-256 is not the one"),
+        (lambda p: os.truncate(p / "rank-00001.bin", 100), r"rank-00001\.bin: damaged: 100 bytes instead of \d+"),
         (lambda p: (p / MARKER).unlink(), r"step-00000001: no finished checkpoint, complete\.json is missing"),
-        (lambda p: (p / MARKER).write_text("{}"), r"complete\.json: damaged: KeyError\('format'\)"),
+        (
+            lambda p: (p / MARKER).write_text("{}"),
+            r"complete\.json: format None, version None; this c2al reads 'checkpoint', version 2",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_on_every_rank(tmp_path, damage, message):
@@ -249,12 +257,12 @@ def fill_the_disk(folder: Path) -> tuple[str, list[str], list[str]]:
     """Rank 1 cannot write more than a few KiB to a file: what a full disk looks like from there."""
     with process_group(toy.config().dist) as world:
         dmp, optimizer = build(world)
-        writer = Checkpointer(folder, CheckpointConfig(), world)
-        writer.save(1, dmp, optimizer, {})
+        writer = CheckpointWriter(folder, CheckpointConfig(), world)
+        writer.save(1, dmp, optimizer, {}, loss=FINITE)
         writer.wait()
         if world.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        writer.save(2, dmp, optimizer, {})
+        writer.save(2, dmp, optimizer, {}, loss=FINITE)
         try:
             writer.wait()
             message = "written"
@@ -263,7 +271,7 @@ def fill_the_disk(folder: Path) -> tuple[str, list[str], list[str]]:
         after_failure = names(folder)
         world.barrier()
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        writer.save(3, dmp, optimizer, {})
+        writer.save(3, dmp, optimizer, {}, loss=FINITE)
         writer.wait()
         return message, after_failure, names(folder)
 
@@ -280,7 +288,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path)
 def open_unusable(folder: Path) -> str:
     with process_group(toy.config().dist) as world:
         try:
-            Checkpointer(folder, SYNCHRONOUS, world)
+            CheckpointWriter(folder, SYNCHRONOUS, world)
         except CheckpointError as e:
             return str(e)
         return "opened"

@@ -11,10 +11,11 @@ from oracle import Oracle
 from test_parity import PLANS, assemble
 
 from c2al.config import CheckpointConfig
-from c2al.distributed.checkpoint import Checkpointer, load_unsharded
+from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter, load_unsharded
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables
 from ranks import run_ranks
 
 BEFORE, AFTER = 5, 10
@@ -26,7 +27,7 @@ def write_plans(folder: Path, chosen: dict[int, list[str]]) -> dict[int, dict[st
     for ranks, names in chosen.items():
         for name in names:
             path = folder / f"{ranks}-{name}.json"
-            path.write_text(json.dumps({"tables": PLANS[ranks][1][name]}))
+            path.write_text(json.dumps({"format": "plan", "version": 1, "tables": PLANS[ranks][1][name]}))
             paths.setdefault(ranks, {})[name] = path
     return paths
 
@@ -58,8 +59,8 @@ def save_all(plans: dict[str, Path], folder: Path) -> dict:
             dmp, optimizer = build(path, world, seed=0)
             for step in range(BEFORE):
                 toy.train_step(dmp, optimizer, step, world.rank, world.size)
-            checkpointer = Checkpointer(folder / f"{world.size}-{name}", CheckpointConfig(), world)
-            checkpointer.save(BEFORE, dmp, optimizer, {"position": BEFORE})
+            checkpointer = CheckpointWriter(folder / f"{world.size}-{name}", CheckpointConfig(), world)
+            checkpointer.save(BEFORE, dmp, optimizer, {"position": BEFORE}, loss=torch.ones(1))
             before = snapshot(dmp, optimizer)
             losses = [toy.train_step(dmp, optimizer, BEFORE + s, world.rank, world.size) for s in range(AFTER)]
             checkpointer.wait()
@@ -72,7 +73,7 @@ def load_all(plans: dict[str, Path], sources: list[Path]) -> dict:
     for (name, path), source in itertools.product(plans.items(), sources):
         with process_group(toy.config().dist) as world:
             dmp, optimizer = build(path, world, seed=1)
-            checkpointer = Checkpointer(source, CheckpointConfig(), world)
+            checkpointer = CheckpointReader(source, world)
             latest = checkpointer.latest()
             assert latest is not None
             assert checkpointer.load(latest, dmp, optimizer) == {"position": BEFORE}

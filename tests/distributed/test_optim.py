@@ -5,21 +5,23 @@ import math
 import pytest
 import torch
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.config import OptimizerConfig
 from c2al.distributed.optim import learning_rate_scale, make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables
 from c2al.errors import PlanError
 
 LR, EPS = 0.1, 1e-8
 
 
 def test_schedule_by_hand():
-    def scales(total: int, **fields) -> list[float]:
+    def scales(total: int, warmup_steps: int = 0, **fields) -> list[float]:
         config = OptimizerConfig(**fields)
-        return [learning_rate_scale(config, step, total) for step in range(total)]
+        return [learning_rate_scale(config, step, total, warmup_steps) for step in range(total)]
 
     assert scales(3) == [1, 1, 1]
     assert scales(6, warmup_steps=2, decay="linear") == pytest.approx([0.5, 1, 1, 2 / 3, 1 / 3, 0])
@@ -29,7 +31,7 @@ def test_schedule_by_hand():
     )
     assert scales(2, warmup_steps=4) == [0.25, 0.5]
     # Past the planned end the rate stays at its last value.
-    assert learning_rate_scale(OptimizerConfig(decay="linear", final_lr_fraction=0.1), 99, 10) == pytest.approx(0.1)
+    assert learning_rate_scale(OptimizerConfig(decay="linear", final_lr_fraction=0.1), 99, 10, 0) == pytest.approx(0.1)
 
 
 def row_wise_adagrad(weight_RD, grad_RD, moment_R, decay):
@@ -84,7 +86,13 @@ def test_the_schedule_reaches_the_step_it_is_for(kind):
     """A fused update happens inside backward: with a rate of almost 0 at step 0, step 0 must not move a table."""
     config = toy.config(
         dist__sharding=[kind],
-        train__optimizer={"sparse_lr": 0.1, "dense_lr": 0.1, "warmup_steps": 10**9, "dense": "adam"},
+        train__optimizer={
+            "sparse_lr": 0.1,
+            "dense_lr": 0.1,
+            "warmup_steps": 10**9,
+            "sparse_warmup_steps": 10**9,
+            "dense": "adam",
+        },
     )
     with process_group(config.dist) as world:
         dmp = shard_model(toy.Toy(), config, world)
@@ -98,6 +106,32 @@ def test_the_schedule_reaches_the_step_it_is_for(kind):
         for old, new in zip(over, dmp.module.over.parameters(), strict=True):
             assert (old - new).abs().max() < 1e-7
         assert optimizer.learning_rates == pytest.approx((0.1 * 2e-9, 0.1 * 2e-9))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_warm_up_of_the_dense_part_leaves_the_tables_at_their_full_rate(kind):
+    """Adagrad's sums never forget, so a table must move by what fills them: as without any warm-up."""
+    moved = []
+    for warmup in (10**9, 0):
+        fields = {"sparse_lr": 0.1, "dense_lr": 0.1, "warmup_steps": warmup, "dense": "adam"}
+        config = toy.config(dist__sharding=[kind], train__optimizer=fields)
+        with process_group(config.dist) as world:
+            torch.manual_seed(0)
+            dmp = shard_model(toy.Toy(), config, world)
+            optimizer = make_optimizer(dmp, config.train.optimizer, 10)
+            assert optimizer.learning_rates[0] == 0.1
+            assert optimizer.learning_rates[1] == pytest.approx(0.1 / max(warmup, 1))
+            over = [p.detach().clone() for p in dmp.module.over.parameters()]
+            before = [b.weight_RD.clone() for t in local_tables(dmp) for b in t.blocks]
+            toy.train_step(dmp, optimizer, 0, 0, 1)
+            after = [b.weight_RD.clone() for t in local_tables(dmp) for b in t.blocks]
+            moved.append([new - old for old, new in zip(before, after, strict=True)])
+            if warmup:
+                for old, new in zip(over, dmp.module.over.parameters(), strict=True):
+                    assert (old - new).abs().max() < 1e-7
+    for with_warmup, without in zip(*moved, strict=True):
+        assert without.abs().max() > 1e-3
+        torch.testing.assert_close(with_warmup, without)
 
 
 def test_clipping_bounds_the_dense_gradients_together_and_no_table():
@@ -162,3 +196,39 @@ def test_gradients_add_up_until_the_step():
         for both, one, other in zip(gradients([0, 1]), gradients([0]), gradients([1]), strict=True):
             torch.testing.assert_close(both, one + other)
             assert both.abs().sum() > 0
+
+
+class Waits(TorchDispatchMode):
+    """Records the operations for which a host waits for its device: those whose result is a size or a number."""
+
+    def __init__(self, on_host: list[torch.Tensor]):
+        super().__init__()
+        self._on_host = {t.data_ptr() for t in on_host}
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name in {"index", "index_put_"} and any(t is not None and t.dtype is torch.bool for t in args[1])
+        number = name in {"_local_scalar_dense", "is_nonzero", "equal"} and args[0].data_ptr() not in self._on_host
+        if masked or number or name in {"nonzero", "masked_select", "unique2", "_unique2"}:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])
+def test_a_step_of_the_optimizer_does_not_wait_for_the_device(kind):
+    config = toy.config(dist__sharding=[kind], train__optimizer={"clip_norm": 0.1})
+    with process_group(config.dist) as world:
+        dmp = shard_model(toy.Toy(), config, world)
+        optimizer = make_optimizer(dmp, config.train.optimizer, 10)
+        toy.train_step(dmp, optimizer, 0, 0, 1)
+        dense_BF, sparse, label_B = toy.batch(1, 0, 1)
+        dmp(dense_BF, sparse).sub(label_B).square().sum().backward()
+        # Adam counts its steps on the host.
+        counts = [t for name, t in optimizer.dense_state().items() if name.endswith(".step")]
+        with Waits(counts) as waits:
+            optimizer.step()
+        assert waits.seen == []
+        with Waits(counts) as waits:
+            local_tables(dmp)[0].blocks[0].weight_RD.nonzero()
+        assert waits.seen == ["nonzero"]  # it would be seen

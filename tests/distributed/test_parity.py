@@ -11,7 +11,8 @@ from oracle import Oracle
 
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import local_tables, plan_of, shard_model
+from c2al.distributed.sharding import shard_model
+from c2al.distributed.tables import local_tables, plan_of
 from c2al.training.metrics import BinaryMetrics
 from ranks import run_ranks
 
@@ -27,7 +28,7 @@ def grid(ranks: list[int]) -> dict:
     return everywhere("grid_shard", ranks) | {"tags": {"sharding": "column_wise", "ranks": [ranks[0], ranks[-1]]}}
 
 
-# Ranks -> (ranks a host, plans). Tables split by columns have two blocks in every world.
+# Ranks -> (ranks per host, plans). Tables split by columns have two blocks in every world.
 PLANS = {
     1: (
         1,
@@ -91,7 +92,7 @@ def train(plans: dict[str, Path]) -> dict:
 def ne_of(dmp, world) -> float | None:
     """NE on the batch after the last one trained on, merged over ranks as the training job does it."""
     dense_BF, sparse, label_B = toy.batch(STEPS, world.rank, world.size)
-    metrics = BinaryMetrics(("primary",), window=1)
+    metrics = BinaryMetrics(("primary",))
     with torch.no_grad():
         metrics.update(dmp(dense_BF, sparse)[:, None], label_B[:, None], torch.ones_like(label_B))
     lifetime = metrics.lifetime
@@ -119,7 +120,7 @@ def launch(ranks: int, folder: Path) -> list[dict]:
     paths = {}
     for name, plan in plans.items():
         paths[name] = folder / f"{name}.json"
-        paths[name].write_text(json.dumps({"tables": plan}))
+        paths[name].write_text(json.dumps({"format": "plan", "version": 1, "tables": plan}))
     return run_ranks(train, ranks, paths, local_size=local_size)
 
 

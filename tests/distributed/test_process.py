@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from c2al.config import DistConfig
+from c2al.distributed import patience
 from c2al.distributed.process import process_group
-from c2al.errors import BackendError, CheckpointError, ConfigError, TrainingError
+from c2al.errors import BackendError, C2ALError, CheckpointError, ConfigError, DataError, OutputError, TrainingError
 from ranks import run_ranks
 
 CPU = DistConfig(device="cpu")
@@ -133,6 +134,136 @@ def test_restarts_that_share_a_store_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(TrainingError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), process_group(CPU):
         pass
+
+
+def long_job(port: int, seconds: float) -> tuple[str, list[int]]:
+    """Rank 0 works much longer than a collective may last, then both ranks take turns at it."""
+    as_launched(dist.get_rank(), 2, port)
+    with process_group(DistConfig(device="cpu", timeout_seconds=2)) as world:
+
+        def work() -> str:
+            time.sleep(seconds)
+            return f"by rank {world.rank}"
+
+        def square(n: int) -> int:
+            time.sleep(seconds / 2 if n == 3 else 0)
+            return n * n
+
+        return world.once(work), world.share(range(5), square)
+
+
+def test_ranks_wait_for_a_long_job_of_rank_0_beyond_the_timeout_of_collectives():
+    assert run_ranks(long_job, 2, free_port(), 7.0) == [("by rank 0", [0, 1, 4, 9, 16])] * 2
+
+
+def lost_in_a_long_job(port: int, how: str) -> tuple[str, str, int, float]:
+    """Rank 0 is lost or fails while rank 1 waits for it. Returns what rank 1 raises, and its seconds in waiting."""
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    start = time.monotonic()
+    try:
+        with process_group(DistConfig(device="cpu", timeout_seconds=2)) as world:
+            world.barrier()
+            start = time.monotonic()
+
+            def work() -> None:
+                time.sleep(1)
+                if how == "killed":
+                    os._exit(9)
+                if how == "other killed":  # the one that does not hold the store
+                    time.sleep(0.5)
+                    return
+                raise OSError(28, "No space left on device", "/full/statistics.json")
+
+            if rank == 0 and how == "alone":
+                raise DataError("part-3.parquet: column 'age' has a null")
+            if rank == 1 and how == "other killed":
+                world.together(lambda: os._exit(9))
+            world.once(work)
+    except C2ALError as e:
+        if rank == 0:
+            time.sleep(1)  # the file store of the test goes with the first process
+        return type(e).__name__, str(e), e.exit_code, time.monotonic() - start
+    return "nothing", "", 0, 0.0
+
+
+def test_a_rank_that_dies_in_a_long_job_is_noticed():
+    with pytest.raises(AssertionError, match=r"rank 0: no report, exit code 9") as e:
+        run_ranks(lost_in_a_long_job, 2, free_port(), "killed", timeout=30)
+    assert "rank 1" not in str(e.value)  # it left in time, with an error of ours
+
+
+def test_a_rank_whose_heart_stops_is_noticed_after_the_timeout():
+    with pytest.raises(AssertionError, match=r"rank 1: no report, exit code 9") as e:
+        run_ranks(lost_in_a_long_job, 2, free_port(), "other killed", timeout=30)
+    assert "rank 0" not in str(e.value)
+
+
+def test_an_os_error_of_one_rank_is_an_output_error_of_all():
+    first, second = run_ranks(lost_in_a_long_job, 2, free_port(), "full")
+    assert first[:3] == ("OutputError", "/full/statistics.json: No space left on device", OutputError.exit_code)
+    assert second[:3] == ("OutputError", f"rank 0: {first[1]}", OutputError.exit_code)
+
+
+def test_an_error_that_one_rank_meets_alone_is_the_error_of_those_that_wait():
+    first, second = run_ranks(lost_in_a_long_job, 2, free_port(), "alone")
+    assert first[:3] == ("DataError", "part-3.parquet: column 'age' has a null", DataError.exit_code)
+    assert second[:3] == ("DataError", f"rank 0: {first[1]}", DataError.exit_code)
+    assert second[3] < 30
+
+
+def error_beside_long_work(port: int) -> tuple[str, float]:
+    """Rank 1 fails at once, while rank 0 has work for a minute."""
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    patience.LEAVE_SECONDS = 1.0
+    start = time.monotonic()
+
+    def work() -> None:
+        if rank == 1:
+            raise DataError("part-3.parquet: column 'age' has a null")
+        for _ in range(600):
+            time.sleep(0.1)
+            world.board.raise_if_another_left()
+
+    try:
+        with process_group(DistConfig(device="cpu", timeout_seconds=60)) as world:
+            world.together(work)
+    except DataError as e:
+        return str(e), time.monotonic() - start
+    return "nothing", 0.0
+
+
+def test_an_error_of_one_rank_does_not_wait_for_the_long_work_of_another():
+    (first, waited), (second, _) = run_ranks(error_beside_long_work, 2, free_port())
+    assert first == f"rank 1: {second}"
+    assert second == "part-3.parquet: column 'age' has a null"
+    assert waited < 30
+
+
+def alone_in_a_step(port: int) -> tuple[str, str]:
+    """Rank 1 fails between collectives, while rank 0 stands in one."""
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    try:
+        with process_group(DistConfig(device="cpu", timeout_seconds=60)) as world:
+            world.barrier()
+            if rank == 1:
+                raise DataError("part-3.parquet: column 'age' has a null")
+            world.all_sum(torch.ones(1))
+    except C2ALError as e:
+        if rank == 0:
+            time.sleep(0.5)
+        return type(e).__name__, str(e)
+    return "nothing", ""
+
+
+def test_an_error_that_one_rank_meets_alone_is_the_error_of_those_in_a_collective():
+    message = "part-3.parquet: column 'age' has a null"
+    assert run_ranks(alone_in_a_step, 2, free_port(), timeout=50) == [
+        ("DataError", f"rank 1: {message}"),
+        ("DataError", message),
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

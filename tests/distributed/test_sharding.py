@@ -1,5 +1,7 @@
 """Plans: chosen, read, refused, printed; and the stack's silent traps that concern sharding."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -14,8 +16,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.distributed.optim import make_optimizer
+from c2al.distributed.placement import Placement, plan_arithmetic
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import Placement, local_tables, plan_of, plan_table, save_plan, shard_model
+from c2al.distributed.sharding import plan_table, save_plan, shard_model
+from c2al.distributed.tables import local_tables, plan_of
 from c2al.errors import PlanError
 from ranks import run_ranks
 
@@ -24,7 +28,8 @@ MODEL_PARALLEL = ["table_wise", "row_wise", "column_wise", "table_row_wise", "ta
 
 def plan_file(path: Path, **tables: tuple[str, list[int]]) -> str:
     everything = {name: ("table_wise", [0]) for name in toy.ROWS} | tables
-    path.write_text(json.dumps({"tables": {n: {"sharding": s, "ranks": r} for n, (s, r) in everything.items()}}))
+    tables = {n: {"sharding": s, "ranks": r} for n, (s, r) in everything.items()}
+    path.write_text(json.dumps({"format": "plan", "version": 1, "tables": tables}))
     return str(path)
 
 
@@ -82,7 +87,7 @@ def test_what_cannot_be_is_refused_alike_on_every_rank(tmp_path):
     assert f"{tmp_path}/a.json: table 'item': ranks [2] are not all in [0, 2)" in ranks
     assert f"{tmp_path}/a.json: table 'user': row_wise takes the ranks [0, 1], has [0]" in ranks
     assert unknown == f"{tmp_path}/b.json: table 'shop' is in the plan, not in the model"
-    assert absent == f"{tmp_path}/absent.json: cannot be read: No such file or directory"
+    assert absent == f"{tmp_path}/absent.json: no such file"
     assert bf16 == "the planner: bf16 communication would silently become fp16 on CPU; ask for fp16 or fp32"
     assert "table 'user': int8 communication does not work with row_wise on CPU" in int8
     assert grid == f"{tmp_path}/c.json: table 'tags': grid_shard would silently pool by sum instead of mean"
@@ -109,11 +114,27 @@ def test_a_wrong_plan_file_names_the_table_and_the_reason(tmp_path, placement, p
     assert str(e.value).startswith(f"{path}: table 'item': {problem}")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tables": {"user": {"ranks": [0]}}}', '{"tables": {"user": 3}}'])
-def test_a_file_that_is_no_plan_is_refused(tmp_path, text):
+PLAN = '{"format": "plan", "version": 1, "tables": %s}'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "not strict JSON"),
+        ("[]", "not a plan file"),
+        ('{"tables": {}}', "format None, version None; this c2al reads 'plan', version 1"),
+        (PLAN % '{"user": {"ranks": [0]}}', "damaged: tables.user.sharding: missing"),
+        (PLAN % '{"user": 3}', "damaged: tables.user: expected a section, got int 3"),
+        (
+            PLAN % '{"user": {"sharding": "table_wise", "ranks": ["0"]}}',
+            r"damaged: tables.user.ranks\[0\]: expected int",
+        ),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, text, problem):
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(PlanError, match="not a plan file"):
+    with pytest.raises(PlanError, match=f"{path}: {problem}"):
         shard(dist__plan=str(path))
 
 
@@ -122,6 +143,43 @@ def test_a_saved_plan_is_read_back(tmp_path):
     save_plan(dmp, tmp_path / "plan.json")
     assert plan_of(shard(dist__plan=str(tmp_path / "plan.json"))) == plan_of(dmp)
     assert plan_of(dmp)["user"] == Placement("column_wise", (0, 0))
+
+
+def test_the_arithmetic_of_a_plan_is_its_column_blocks():
+    plan = {
+        "a": Placement("table_wise", (1,)),
+        "b": Placement("row_wise", (0, 1, 2, 3)),
+        "c": Placement("column_wise", (0, 1, 0)),
+        "d": Placement("grid_shard", (0, 1, 2, 3)),
+        "e": Placement("data_parallel", ()),
+    }
+    assert plan_arithmetic(plan, local_size=2) == {"a": 1, "b": 1, "c": 3, "d": 2, "e": 1}
+
+
+def planned_again(path: str, plan_again: bool) -> tuple[str, dict, str]:
+    """Message of the refusal, the plan, and what was said on stderr."""
+    config = toy.config(dist__plan=path)
+    with process_group(config.dist) as world, contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            dmp = shard_model(toy.Toy(), config, world, plan_again=plan_again)
+            return "", plan_of(dmp), said.getvalue()
+        except PlanError as e:
+            return str(e), {}, ""
+
+
+def test_a_plan_for_other_ranks_is_planned_again_for_readers_and_said(tmp_path):
+    """A run planned for two ranks can be scored on one."""
+    path = plan_file(tmp_path / "plan.json", user=("row_wise", [0, 1]))
+    refused, none, _ = planned_again(path, False)
+    assert none == {}
+    assert f"{path}: table 'user': ranks [0, 1] are not all in [0, 1)" in refused
+    _, plan, said = planned_again(path, True)
+    assert {p.ranks for p in plan.values()} == {(0,)}
+    assert said.startswith(f"dist.plan does not fit 1 ranks, planning again: {path}: table 'user'")
+    # A plan that fits is followed without a word.
+    first, second = run_ranks(planned_again, 2, path, True)
+    assert first[1]["user"] == second[1]["user"] == Placement("row_wise", (0, 1))
+    assert first[2] == second[2] == ""
 
 
 def printed(plan: str) -> str:

@@ -17,7 +17,13 @@ import pytest
 from c2al.__main__ import main
 from c2al.config import DistConfig, load_config
 from c2al.data.cohorts import read_cohorts
+from c2al.data.identity import identify
+from c2al.data.source import open_dataset
+from c2al.discovery.axes import Columns
 from c2al.discovery.discover import discover
+from c2al.discovery.record import ScanRecord
+from c2al.discovery.saved import load_accumulators
+from c2al.discovery.unfinished import Unfinished
 from c2al.distributed.process import process_group
 from ranks import run_ranks
 
@@ -225,8 +231,7 @@ def test_a_killed_scan_goes_on_with_the_same_bytes(result, tmp_path, ranks_after
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (output / "cohorts.json").exists()
-    with np.load(checkpoint) as saved:
-        finished = len(json.loads(saved["head"].tobytes())["extra"]["finished"])
+    finished = len(load_accumulators(checkpoint)[1])
     assert 0 < finished < 60, "killed too early or too late to show anything"
 
     if ranks_after > 1:
@@ -241,11 +246,21 @@ def test_a_killed_scan_goes_on_with_the_same_bytes(result, tmp_path, ranks_after
 
 
 def test_a_checkpoint_of_another_scan_is_refused(data, tmp_path, capsys):
-    unfinished = tmp_path / "out" / "unfinished"
-    unfinished.mkdir(parents=True)
-    (unfinished / "cuts.json").write_text(json.dumps({"identity": "x", "cuts": {}}))
+    other = write(tmp_path / "other", impressions(3_000))
+    files = open_dataset(other)
+    config = load_config(config_file(tmp_path))
+    record = ScanRecord(
+        axes=config.axes,
+        columns=Columns(prediction="prediction", label="label", user="user"),
+        settings=config.discover,
+        earlier_cuts={},
+        files=identify(files),
+    )
+    Unfinished(tmp_path / "out" / "unfinished", record).save_cuts({"activity": (1.0, 2.0), "price": (0.1, 2.0)})
     assert run(tmp_path, data)[0] == 2
-    assert "belongs to a scan of other files" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "cuts.json: belongs to another scan" in message
+    assert "part-0.parquet: is not there any more" in message
 
 
 def test_days_are_merged_without_a_scan(result, tmp_path):

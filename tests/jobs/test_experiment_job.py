@@ -72,10 +72,10 @@ def test_another_config_in_the_same_folder_is_refused(done, capsys):
 
 
 def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
-    config = replace(splits(tmp_path), **{"train.lambda_head": 0.5, "data.test": (), "axes": ()})
+    config = replace(splits(tmp_path), **{"train.auxiliary_lambda": 0.5, "data.test": (), "axes": ()})
     with process_group(config.dist) as world, pytest.raises(ConfigError) as caught:
         experiment(config, tmp_path / "out", world, "by hand")
-    for field in ("train.lambda_head", "data.test", "axes"):
+    for field in ("train.auxiliary_lambda", "data.test", "axes"):
         assert field in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -64,16 +64,20 @@ def test_resumed_equals_uninterrupted(config, world, tmp_path):
     config = replace(config, **{"train.epochs": 2, "model.dropout": 0.1, "train.optimizer.warmup_steps": 5})
     train(config, tmp_path / "whole", world)
     for stop in (7, 20):  # inside the first epoch, inside the second
-        train(config, tmp_path / "parts", world, stop_after=stop)
+        train(replace(config, **{"train.max_steps": stop}), tmp_path / "parts", world)
     train(config, tmp_path / "parts", world)
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
-    assert [r["step"] for r in records(tmp_path / "parts", "validation")] == [32]
+    assert [r["step"] for r in records(tmp_path / "parts", "validation")] == [7, 20, 32]
+    for kind in ("train", "validation"):
+        whole, parts = (records(tmp_path / run, kind)[-1] for run in ("whole", "parts"))
+        for table in ("primary",) if kind == "validation" else ("lifetime", "loss"):
+            assert parts[table] == whole[table], "a resumed run counts what the uninterrupted one counts"
 
 
 def test_accumulated_steps_resume_too(config, world, tmp_path):
     config = replace(config, **{"train.epochs": 1, "train.accumulate": 3, "train.log_every": 3})
     train(config, tmp_path / "whole", world)
-    train(config, tmp_path / "parts", world, stop_after=6)
+    train(replace(config, **{"train.max_steps": 6}), tmp_path / "parts", world)
     train(config, tmp_path / "parts", world)
     assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -116,7 +120,7 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, 
         },
     )
     calm = replace(wild, **{"train.optimizer.dense_lr": 1e-3})
-    train(calm, tmp_path / "run", world, stop_after=4)
+    train(replace(calm, **{"train.max_steps": 4}), tmp_path / "run", world)
     before = weights(tmp_path / "run")
     save_config(wild, tmp_path / "run" / "config.toml")
     with pytest.raises(TrainingError, match=r"the loss is not finite.*the last good checkpoint is .*step"):
@@ -127,7 +131,7 @@ def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, 
 
 
 def test_a_folder_of_another_run_is_refused(config, world, tmp_path):
-    train(config, tmp_path / "run", world, stop_after=2)
+    train(replace(config, **{"train.max_steps": 2}), tmp_path / "run", world)
     with pytest.raises(ConfigError, match=r"holds a run with train.batch_size = 256, not 512; give another --output"):
         train(replace(config, **{"train.batch_size": 512}), tmp_path / "run", world)
     other = replace(config, **{"model.embedding_dim": 16})
@@ -167,7 +171,7 @@ def test_truncated_parquet_is_refused(tmp_path, capsys):
 def assert_refused(folder: Path, capsys, words: list[str], overrides: Sequence[str] = ()) -> None:
     save_config(parse_config(tree(folder)), folder / "c.toml")
     arguments = ["train", "--config", str(folder / "c.toml"), "--output", str(folder / "run"), *overrides]
-    assert main([*arguments, "--data.validation", "[]"]) == 2
+    assert main([*arguments, "--data.validation", "[]", "--data.test", "[]"]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word.lower() in message.lower(), message
@@ -176,7 +180,7 @@ def assert_refused(folder: Path, capsys, words: list[str], overrides: Sequence[s
 
 def test_auxiliary_losses_need_cohorts(config, world, tmp_path):
     with pytest.raises(ConfigError, match="need the cohorts; give --cohorts"):
-        train(replace(config, **{"train.lambda_head": 0.1}), tmp_path / "run", world)
+        train(replace(config, **{"train.auxiliary_lambda": 0.1}), tmp_path / "run", world)
     assert not (tmp_path / "run").exists()
 
 
@@ -186,7 +190,8 @@ def test_a_cohort_that_can_teach_nothing_is_refused(tmp_path, capsys, label, fou
     write_impressions(tmp_path / "train", 64, surface=surface, label=np.full(64, label, np.int8))
     write_cohorts(tmp_path / "cohorts.json")
     save_config(parse_config(tree(tmp_path)), tmp_path / "c.toml")
-    words = ["--cohorts", str(tmp_path / "cohorts.json"), "--train.lambda_tail", "0.5", "--data.validation", "[]"]
+    words = ["--cohorts", str(tmp_path / "cohorts.json"), "--train.lambdas.tail", "0.5"]
+    words += ["--data.validation", "[]", "--data.test", "[]"]
     assert main(["train", "--config", str(tmp_path / "c.toml"), "--output", str(tmp_path / "run"), *words]) == 2
     message = capsys.readouterr().err
     assert f"cohorts.json: the tail cohort surface = story has {found} in data.train" in message

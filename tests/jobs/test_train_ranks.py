@@ -6,10 +6,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from c2al.config import replace, save_config
+from c2al.config import DataConfig, DistConfig, replace, save_config
+from c2al.data.scores_folder import check_marker
+from c2al.data.source import File
+from c2al.data.statistics import fit_statistics
+from c2al.distributed.checkpoint import load_unsharded
+from c2al.distributed.process import process_group
 from impressions import splits, write_impressions
+from ranks import run_ranks
 
 
 def launch(config: Path, output: Path, ranks: int) -> subprocess.CompletedProcess[str]:
@@ -63,3 +72,57 @@ def test_a_nonfinite_loss_ends_every_rank_within_a_minute(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("the loss is not finite") >= 2, done.stderr
     assert time.monotonic() - start < 60
+
+
+def fitted(paths: list[str], data: DataConfig) -> tuple[str, int]:
+    """(statistics, row groups that this rank has read)."""
+    read = []
+    whole = File.read
+    File.read = lambda self, *words: (read.append(words), whole(self, *words))[1]
+    with process_group(DistConfig(device="cpu")) as world:
+        return fit_statistics(paths, data, world.share, world.size).to_json(), len(read)
+
+
+def test_ranks_share_the_scan_for_statistics_and_agree_bit_for_bit(tmp_path):
+    config = splits(tmp_path, rows=1001)
+    for seed in (5, 6):
+        write_impressions(tmp_path / "train", 400, seed)
+    (one,) = run_ranks(fitted, 1, config.data.train, config.data)
+    assert one[1] == 13
+    for ranks in (2, 3):
+        several = run_ranks(fitted, ranks, config.data.train, config.data)
+        assert {statistics for statistics, _ in several} == {one[0]}
+        counts = [read for _, read in several]
+        assert sum(counts) == 13
+        assert max(counts) - min(counts) <= 1
+
+
+def test_no_rank_saves_an_unchecked_step(tmp_path):
+    wild = {"train.log_every": 1000, "train.checkpoint.every_steps": 1, "train.optimizer.dense_lr": 1e18}
+    save_config(replace(splits(tmp_path), **wild), tmp_path / "c.toml")
+    done = launch(tmp_path / "c.toml", tmp_path / "run", 2)
+    assert done.returncode != 0
+    assert done.stderr.count("not finite") >= 2, done.stderr
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        assert all(torch.isfinite(w).all() for w in load_unsharded(path).values()), path
+
+
+def test_two_ranks_score_as_one(tmp_path):
+    config = splits(tmp_path)
+    save_config(config, tmp_path / "c.toml")
+    assert launch(tmp_path / "c.toml", tmp_path / "run", 2).returncode == 0
+    tables = []
+    for ranks in (1, 2):
+        runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        # Without the second dash torchrun takes --run for an option of its own.
+        job = [*(["-m", "--", "c2al"] if runner else ["-m", "c2al"]), "score", "--run", str(tmp_path / "run")]
+        words = ["--data", *config.data.test, "--output", str(tmp_path / f"scores{ranks}")]
+        command = [sys.executable, *runner, *job, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        marker = check_marker(tmp_path / f"scores{ranks}")
+        assert marker is not None
+        assert len(marker.parts) == ranks
+        tables.append(pq.read_table(tmp_path / f"scores{ranks}"))
+    assert tables[0]["row_id"].equals(tables[1]["row_id"])
+    np.testing.assert_allclose(tables[0]["prediction"], tables[1]["prediction"], rtol=1e-5, atol=1e-6)

@@ -31,7 +31,7 @@ def command(job: str, flags: list[str]) -> tuple[str, dict[str, str]]:
 def test_a_job_runs_on_as_many_workers_as_asked(job):
     text, env = command(job, ["-j", "1x2", "--max_restarts", "7", "--log_dir", "/logs"])
     assert "--nnodes 1 --nproc_per_node 2" in text
-    assert text.endswith(f"-m c2al {job} --output 'a b'")
+    assert text.endswith(f"-m c2al -- {job} --output 'a b'")
     assert env[FRESH_STORE] == "1"
     assert (env["PET_MAX_RESTARTS"], env["PET_LOG_DIR"], env["OMP_NUM_THREADS"]) == ("7", "/logs", "1")
 
@@ -39,7 +39,7 @@ def test_a_job_runs_on_as_many_workers_as_asked(job):
 @pytest.mark.parametrize("job", ALONE)
 def test_a_job_that_does_not_share_its_work_refuses_workers(job):
     text, env = command(job, [])
-    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al {job} --output 'a b'")
+    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al -- {job} --output 'a b'")
     assert env["PET_MAX_RESTARTS"] == "0"
     with pytest.raises(ValueError, match=f"{job} runs as one process: -j 1x1, not 1x2"):
         command(job, ["-j", "1x2"])

@@ -8,7 +8,7 @@ import torch
 
 from c2al.config import FMConfig, ModelConfig
 from c2al.nn.dhen import DHEN, DHENLayer
-from c2al.nn.interactions import MLPY, Cross, FMAttention, LinearCompression, SelfAttention, StaticY, YSource
+from c2al.nn.interactions import MLPY, Cross, FMAttention, LinearCompression, SelfAttention, StaticY, YSource, attend
 
 ALL = ("fm_attention", "linear", "cross", "attention")
 CONFIG = ModelConfig(embedding_dim=8, interactions=ALL, layers=2, cross_rank=3, fm=FMConfig(k=3, hidden=12))
@@ -59,6 +59,69 @@ def test_sum_layer_is_its_formula():
     torch.testing.assert_close(layer(x_BMD), expected, rtol=1e-4, atol=1e-5)
 
 
+WUKONG = ModelConfig(
+    embedding_dim=8,
+    interactions=("linear", "fm_attention"),
+    tokens=(4, 3),
+    ensemble="stack",
+    shortcut="linear",
+    layers=2,
+    fm=FMConfig(layout="wukong", y="static", k=3, hidden=12),
+)
+
+
+def test_stacked_layer_is_wukongs_formula():
+    """LN([LCB(X); FMB(X)] + W X), arXiv 2403.02545 Eq. 4: no map over what stands side by side."""
+    layer = DHENLayer(WUKONG, fields=6).double()
+    x_BMD = torch.randn(5, 6, 8, dtype=torch.float64)
+    w_LM, bias_L = layer.interactions["linear"].linear.weight, layer.interactions["linear"].linear.bias
+    compressed = torch.einsum("lm,bmd->bld", w_LM, x_BMD) + bias_L[:, None]
+    fm = layer.interactions["fm_attention"]
+    g_BMK = x_BMD @ x_BMD.mT @ fm.y.y_PK
+    centred = g_BMK - g_BMK.mean(-1, keepdim=True)
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    first, last = fm.mlp[0], fm.mlp[2]
+    hidden = (normed.flatten(1) @ first.weight.T + first.bias).clamp_min(0)
+    tokens = (hidden @ last.weight.T + last.bias).view(5, 3, 8)
+    shortcut = torch.einsum("lm,bmd->bld", layer.shortcut.linear.weight, x_BMD) + layer.shortcut.linear.bias[:, None]
+    total = torch.cat([compressed, tokens], 1) + shortcut
+    centred = total - total.mean(-1, keepdim=True)
+    expected = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert layer.out_fields == 7
+    torch.testing.assert_close(layer(x_BMD), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("ensemble", ["concat", "sum", "stack"])
+def test_interactions_have_widths_of_their_own(ensemble):
+    tokens = (4, 3, 0, 0)
+    config = dataclasses.replace(CONFIG, tokens=tokens, ensemble=ensemble, shortcut="linear")
+    dhen = DHEN(config, fields=6)
+    # Cross and attention put out what they take in: 4 + 3 + 6 + 6, then 4 + 3 + 19 + 19.
+    assert dhen.out_fields == (45 if ensemble == "stack" else 6)
+    x_BMD = torch.randn(5, 6, 8, requires_grad=True)
+    out_BLD = dhen(x_BMD)
+    assert out_BLD.shape == (5, dhen.out_fields, 8)
+    (out_BLD * torch.randn_like(out_BLD)).sum().backward()
+    for name, tensor in [("x", x_BMD), *dhen.named_parameters()]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"tokens": (4,)}, "tokens"),
+        ({"tokens": (4, -1)}, "tokens"),
+        ({"interactions": ("cross", "linear"), "tokens": (4, 0)}, "tokens"),
+        ({"fields": 4}, "fields"),
+        ({"shortcut": "identity"}, "shortcut"),
+    ],
+)
+def test_widths_that_do_not_fit_are_named(change, field):
+    assert list(WUKONG.problems()) == []
+    assert field in [name for name, _ in dataclasses.replace(WUKONG, **change).problems()]
+
+
 def test_cross_is_dcn_v2():
     cross = Cross(fields=3, dim=4, rank=2)
     x_BMD = torch.randn(5, 3, 4)
@@ -85,6 +148,18 @@ def test_self_attention_is_softmax_of_scaled_products():
         weights = torch.softmax(torch.einsum("bmd,bnd->bmn", q[..., part], k[..., part]) / 2.0, dim=-1)
         heads.append(torch.einsum("bmn,bnd->bmd", weights, v[..., part]))
     torch.testing.assert_close(attention(x_BMD), attention.out(torch.cat(heads, -1)), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_on_the_cpu_is_that_of_a_gpu():
+    """The two branches of `attend`, output and gradients; rows of one field too."""
+    for fields in (1, 7):
+        qkv = [torch.randn(3, 2, fields, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*qkv)
+        grad = torch.randn_like(expected)
+        actual = attend(*qkv)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        for a, e in zip(torch.autograd.grad(actual, qkv, grad), torch.autograd.grad(expected, qkv, grad), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("layout", "p"), [("paper", 8), ("wukong", 6)])

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from fm_reference import assert_within_rounding, operands, reference, relative, run
+from fm_reference import assert_within_rounding, operands, reference, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.errors import BackendError, OperandError
-from c2al.ops import eager
 from c2al.ops.fm_attention import fm_attention
 from c2al.ops.triton.configurations import configurations, precision_of
 
@@ -31,19 +30,9 @@ def test_output_and_every_gradient_match_the_formula(size, layout, shared, norm_
     x, y, grad = operands(size, layout, shared)
     actual = run(lambda x, y: fm_attention(x, y, layout=layout, norm_eps=norm_eps), x, y, grad)
     expected = run(lambda x, y: reference(x, y, layout, norm_eps), x, y, grad)
+    assert actual[0].is_contiguous()
     for a, e in zip(actual, expected, strict=True):
-        assert a.is_contiguous()
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("batch", [1, 6, 7])
-def test_pieces_of_a_batch_make_the_whole(batch, layout, monkeypatch):
-    x, y, grad = operands((batch, 5, 6, 3), layout, shared=False)
-    monkeypatch.setattr(eager, "CHUNK_BYTES", 3 * 5 * 6 * x.element_size())  # three samples a piece
-    expected = run(lambda x, y: reference(x, y, layout), x, y, grad)
-    for a, e in zip(run(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad), expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
@@ -60,22 +49,6 @@ def test_gradcheck(layout, shared):
 def test_rounding_stays_within_its_bound(dtype, layout, shared):
     x, y, grad = operands((16, 24, 40, 8), layout, shared, dtype)
     assert_within_rounding(lambda x, y: fm_attention(x, y, layout=layout), x, y, grad, layout, str(dtype)[6:])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_norm_in_bfloat16_is_no_worse_than_the_plain_chain(layout):
-    """The saved output is rounded, which LayerNorm's gradient sees: judged against torch's own layers."""
-    x, y, grad = operands((64, 24, 40, 8), layout, False, torch.bfloat16)
-
-    def chain(x, y):
-        a = x.mT if layout == "paper" else x
-        return torch.nn.functional.layer_norm(a @ (a.mT @ y), y.shape[-1:], eps=1e-5)
-
-    actual = run(lambda x, y: fm_attention(x, y, layout=layout, norm_eps=1e-5), x, y, grad)
-    expected = run(lambda x, y: reference(x, y, layout, 1e-5), x.double(), y.double(), grad)
-    plain = run(chain, x, y, grad)
-    for a, e, c in zip(actual, expected, plain, strict=True):
-        assert relative(a, e) <= 1.2 * relative(c, e)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
@@ -104,25 +77,9 @@ def test_gradient_of_one_operand_alone():
     torch.testing.assert_close(torch.autograd.grad(fm_attention(x.detach(), y, layout="paper"), y, grad)[0], dy)
 
 
-def test_second_derivative_is_refused():
-    x, y, grad = operands((2, 3, 4, 2), "paper", False)
-    (dx,) = torch.autograd.grad(fm_attention(x, y, layout="paper"), x, grad, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        dx.sum().backward()
-
-
-@pytest.mark.parametrize("norm_eps", [None, 1e-3])
-@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout, shared, norm_eps):
-    x, y, grad = operands((3, 5, 7, 3), layout, shared, torch.float32)
-    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, layout, norm_eps, "auto"))
-    with torch.no_grad():
-        out, t, rstd = torch.ops.c2al.fm_attention(x, y, layout, norm_eps, "auto")
-        saved = (t, out if norm_eps else None, rstd)
-        torch.library.opcheck(
-            torch.ops.c2al.fm_attention_backward.default, (grad, x.detach(), y.detach(), *saved, layout, "auto")
-        )
+def test_second_derivative():
+    x, y, _ = operands((2, 3, 4, 2), "paper", False)
+    assert torch.autograd.gradgradcheck(lambda x, y: fm_attention(x, y, layout="paper", norm_eps=0.1), (x, y))
 
 
 def test_compiled_training_is_one_graph_and_equal():
@@ -154,6 +111,8 @@ def test_exported_with_a_dynamic_batch():
     x, y, _ = operands((4, 5, 7, 3), "wukong", False, torch.float32)
     batch = torch.export.Dim("batch")
     program = torch.export.export(Attend(), (x.detach(), y.detach()), dynamic_shapes=({0: batch}, {0: batch}))
+    # Plain lines, so that a compiler fuses them with what stands around and a server needs no op of ours.
+    assert not [n for n in program.graph.nodes if "c2al" in str(n.target)]
     for size in (2, 9):
         x, y, _ = operands((size, 5, 7, 3), "wukong", False, torch.float32)
         torch.testing.assert_close(program.module()(x, y), Attend()(x, y), rtol=0, atol=0)

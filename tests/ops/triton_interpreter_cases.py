@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from fm_reference import assert_within_rounding, operands, reference, relative, run
+from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from c2al.ops import fm_attention  # noqa: F401  (registers the op)
+from c2al.ops.fm_attention import fm_attention
 from c2al.ops.triton import launch
 from c2al.ops.triton.configurations import configurations
 
@@ -68,7 +69,7 @@ def no_card(monkeypatch):
 
 
 def attention(layout, norm_eps=None):
-    return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps, "triton")[0]
+    return lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, norm_eps)[0]
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
@@ -103,7 +104,7 @@ def test_layer_norm(size, layout, shared):
 def test_layer_norm_in_bfloat16_is_as_good_as_eager(layout):
     x, y, grad = operands((4, 40, 48, 16), layout, False, torch.bfloat16)
     fused = run(attention(layout, 1e-5), x, y, grad)
-    eager = run(lambda x, y: torch.ops.c2al.fm_attention(x, y, layout, 1e-5, "eager")[0], x, y, grad)
+    eager = run(lambda x, y: fm_attention(x, y, layout=layout, norm_eps=1e-5, backend="eager"), x, y, grad)
     expected = run(lambda x, y: reference(x, y, layout, 1e-5), x.double(), y.double(), grad)
     for f, g, e in zip(fused, eager, expected, strict=True):
         assert relative(f, e) <= 1.2 * relative(g, e)
@@ -127,6 +128,44 @@ def test_x_strided_along_its_last_dimension_is_copied():
         assert relative(a, e.double()) <= 1e-6
 
 
-def test_opcheck_of_the_saved_state():
-    x, y, _ = operands((3, 5, 7, 3), "paper", False, torch.float32)
-    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, "paper", 1e-3, "triton"))
+@pytest.mark.parametrize("norm_eps", [None, 1e-3])
+@pytest.mark.parametrize("shared", [False, True], ids=["per sample", "shared"])
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+def test_opcheck(layout, shared, norm_eps):
+    x, y, grad = operands((3, 5, 7, 3), layout, shared, torch.float32)
+    torch.library.opcheck(torch.ops.c2al.fm_attention.default, (x, y, layout, norm_eps))
+    with torch.no_grad():
+        out, rstd = torch.ops.c2al.fm_attention(x, y, layout, norm_eps)
+        saved = (out if norm_eps else None, rstd)
+        torch.library.opcheck(
+            torch.ops.c2al.fm_attention_backward.default, (grad, x.detach(), y.detach(), *saved, layout)
+        )
+
+
+def test_second_derivative_is_refused():
+    x, y, grad = operands((2, 3, 4, 2), "paper", False, torch.float32)
+    (dx,) = torch.autograd.grad(attention("paper")(x, y), x, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+def test_compiled_training_is_one_graph_and_equal():
+    x, y, grad = operands((6, 5, 8, 4), "paper", False, torch.float32)
+
+    def step(x, y):
+        return attention("paper", 1e-5)(x * 2, y.tanh()).relu()
+
+    actual = run(torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager"), x, y, grad)
+    torch.testing.assert_close(actual, run(step, x, y, grad), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+def test_flops_are_counted(layout):
+    batch, m, d, k = 3, 5, 7, 2
+    x, y, grad = operands((batch, m, d, k), layout, False, torch.float32)
+    with FlopCounterMode(display=False) as forward:
+        out = attention(layout)(x, y)
+    with FlopCounterMode(display=False) as backward:
+        out.backward(grad)
+    assert forward.get_total_flops() == 4 * batch * m * d * k
+    assert backward.get_total_flops() == 10 * batch * m * d * k  # T once more

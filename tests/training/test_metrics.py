@@ -1,11 +1,13 @@
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from c2al.training.metrics import BinaryMetrics, Metric, Sums
+from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
+from c2al.typed import build
 
 
 def batch(rows: int, seed: int, tasks: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,16 +83,59 @@ def test_two_ranks_merge_to_one():
     assert reduced.compute() == merged.compute()
 
 
-def test_window_holds_the_last_batches_only():
-    m = BinaryMetrics(("primary",), window=3)
+def test_window_holds_the_batches_since_its_reset():
+    m = BinaryMetrics(("primary",))
     last = BinaryMetrics(("primary",))
     for seed in range(8):
+        if seed == 5:
+            m.reset_window()
         logit, label, weight, _ = batch(50, seed, tasks=1)
         m.update(logit, label, weight)
         if seed >= 5:
             last.update(logit, label, weight)
-    assert one(m.window).ne == pytest.approx(one(last).ne, rel=1e-13)
-    assert one(m.window).weight == one(last).weight < one(m).weight
+    assert torch.equal(m.window.sums_CTS, last.lifetime.sums_CTS)
+    assert one(m.window).weight < one(m).weight
+
+
+def test_memory_does_not_depend_on_the_window():
+    m = BinaryMetrics(("primary", "head", "tail"), ("head", "tail"))
+    held = sum(t.numel() * t.element_size() for t in vars(m).values() if isinstance(t, torch.Tensor))
+    assert held < 4 * m.lifetime.sums_CTS.numel() * 8
+
+
+def test_a_nan_row_spoils_only_the_cohorts_it_is_in():
+    logit, label, weight, member = batch(200, seed=5)
+    weight[3], member[3] = 1.0, torch.tensor([1.0, 0.0])  # in cohort "h", not in "t"
+    sound, spoiled = (BinaryMetrics(("primary", "head"), ("h", "t")) for _ in range(2))
+    sound.update(logit, label, weight, member)
+    logit[3, 0] = float("nan")  # of the task "primary" alone
+    spoiled.update(logit, label, weight, member)
+    got, want = spoiled.lifetime.compute(), sound.lifetime.compute()
+    for cohort in ("all", "h"):
+        assert all(math.isnan(v) for v in (got["primary"][cohort].ne, got["primary"][cohort].calibration))
+    assert got["primary"]["t"] == want["primary"]["t"]
+    assert got["head"] == want["head"]
+
+
+def test_sums_survive_a_checkpoint_bit_for_bit():
+    m = BinaryMetrics(("primary", "head"), ("h", "t"))
+    for seed in range(3):
+        m.update(*batch(100, seed))
+    problems: list[str] = []
+    tree = json.loads(json.dumps(dataclasses.asdict(m.lifetime.saved())))
+    read = build(SavedSums, tree, "", problems).restored()
+    assert not problems
+    assert (read.tasks, read.cohorts) == (m.lifetime.tasks, m.lifetime.cohorts)
+    assert torch.equal(read.sums_CTS, m.lifetime.sums_CTS)
+
+
+def test_damaged_saved_sums_are_refused():
+    saved = BinaryMetrics(("primary",)).lifetime.saved()
+    for damage in ({"sums": "%"}, {"sums": saved.sums[8:]}, {"tasks": ("a", "b")}, {"cohorts": ()}):
+        with pytest.raises(ValueError, match="sums: "):
+            dataclasses.replace(saved, **damage).restored()
+    with pytest.raises(ValueError, match="these are metrics of primary on all"):
+        BinaryMetrics(("primary",), ("h",), lifetime=saved.restored())
 
 
 def test_resumed_lifetime_equals_uninterrupted():

@@ -1,6 +1,6 @@
 """Which schedule and tile sizes the Triton kernels of FM attention run with, per shape and dtype.
 
-Legend: A is p x q, Y p x K; BLOCK_* see _triton_kernels.py. Every configuration that `configurations` can
+Legend: A is p x q, Y p x K; BLOCK_* see kernels.py. Every configuration that `configurations` can
 return is compiled for sm_90 by tests/ops/test_triton_compile.py, which refuses any that spills a
 register or asks for more shared memory than a Hopper block can have.
 """
@@ -14,7 +14,7 @@ Precision = Literal["half", "tf32", "ieee"]
 """half: bfloat16 or float16 operands. tf32, ieee: float32 operands and how their products round."""
 
 Schedule = Literal["columns", "rows"]
-"""What streams: tiles of A's columns or of its rows, see _triton_kernels.py."""
+"""What streams: tiles of A's columns or of its rows, see kernels.py."""
 
 SHARED_MEMORY = 232_448
 """Bytes one block can have on sm_90."""

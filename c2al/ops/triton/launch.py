@@ -1,4 +1,4 @@
-"""FM attention on CUDA through Triton: launches the kernels of _triton_kernels.py.
+"""FM attention on CUDA through Triton: launches the kernels of kernels.py.
 
 Legend: B batch, M fields, D embedding dim, p x q the matrix A of a sample (x^T or x), K columns of
 Y, N programs. Only x and Y are saved for backward, and with LayerNorm the output and 1 / deviation.

@@ -1,8 +1,8 @@
 """Planners of torch.distributed.checkpoint for tensors given as blocks.
 
-DCP cuts and joins blocks by itself when a tensor is saved under one layout and loaded under another,
-but knows layouts only from ShardedTensor and DTensor, which cannot say what a column-wise table's
-moments are. Here a state is a plain mapping from key to the blocks this rank writes or wants.
+DCP cuts and joins blocks when a tensor is saved under one layout and loaded under another. It takes
+layouts from ShardedTensor and DTensor, which cannot express the moments of a column-wise table. Here
+a state is a plain mapping from key to the blocks that this rank writes or wants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,8 @@ class BlockSaver(SavePlanner):
 class BlockLoader(LoadPlanner):
     """Fills every piece of the state from whatever saved blocks overlap it.
 
-    Raises CheckpointError when the saved blocks do not cover a piece.
+    Raises CheckpointError when a tensor is not there, has another size, or its saved blocks do not
+    cover a piece exactly once.
     """
 
     def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
@@ -105,8 +106,11 @@ class BlockLoader(LoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
         for key, pieces in self._state.items():
-            saved = self._saved[key]
-            assert isinstance(saved, TensorStorageMetadata)
+            saved = self._saved.get(key)
+            if not isinstance(saved, TensorStorageMetadata):
+                raise CheckpointError(f"'{key}' is not in the checkpoint")
+            if any(tuple(saved.size) != p.size for p in pieces):
+                raise CheckpointError(f"'{key}' is stored as {list(saved.size)}, wanted as {list(pieces[0].size)}")
             reads = create_read_items_for_chunk_list(key, saved, [p.chunk for p in pieces])
             wanted, found = sum(p.tensor.numel() for p in pieces), sum(r.lengths.numel() for r in reads)
             if wanted != found:

@@ -1,0 +1,107 @@
+"""Choosing a plan with TorchRec's planner."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError, ShardingOption
+from torchrec.modules.embedding_configs import PoolingType
+
+from c2al.config import Config
+from c2al.distributed.placement import COLUMN_SPLIT, DATA_PARALLEL, GRID, ROW_SPLIT, Placement, Plan
+from c2al.distributed.process import World
+from c2al.distributed.tables import tables_of
+from c2al.errors import PlanError
+
+GIB = 2**30
+
+
+class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
+    """Offers every sharding type on CPU too, and one kernel per type.
+
+    The stock list for CPU leaves out the types that split rows. The kernel is the fused one, and the
+    dense one for data_parallel.
+    """
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return [DATA_PARALLEL, ShardingType.TABLE_WISE.value, *COLUMN_SPLIT, *ROW_SPLIT]
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        return [kernel_of(sharding_type)]
+
+
+class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
+    """Lists the options in an order that does not depend on the process.
+
+    The stock enumerator walks Python sets of strings, whose order changes from process to process. Two
+    runs of one config would then choose different ones of equally rated plans.
+    """
+
+    def enumerate(self, *args: Any, **kwargs: Any) -> list[ShardingOption]:
+        options = super().enumerate(*args, **kwargs)
+        order = {name: i for i, name in enumerate(dict.fromkeys(o.fqn for o in options))}
+        return sorted(options, key=lambda o: (order[o.fqn], o.sharding_type, o.num_shards))
+
+
+def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
+    """Lets TorchRec's planner place every table within the constraints of the config."""
+    if not tables_of(model):
+        return {}
+    special = {t.name: t for t in config.dist.tables}
+    features = {f.key: f for f in config.data.sparse}
+    constraints = {}
+    for table, embedding in tables_of(model).items():
+        wanted = special.get(table)
+        kinds = list(wanted.sharding if wanted and wanted.sharding else config.dist.sharding)
+        if embedding.pooling is PoolingType.MEAN and len(kinds) > 1:
+            kinds = [k for k in kinds if k != GRID]  # see _validate
+        constraints[table] = ParameterConstraints(
+            sharding_types=kinds,
+            compute_kernels=sorted({kernel_of(k) for k in kinds}),
+            min_partition=(wanted.min_partition or None) if wanted else None,
+            pooling_factors=[float(features[table].max_length)] if table in features else [1.0],
+        )
+    cuda = world.device.type == "cuda"
+    hbm = config.dist.hbm_gib * GIB
+    topology = Topology(
+        world_size=world.size,
+        local_world_size=world.local_size,
+        compute_device=world.device.type,
+        hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
+        ddr_cap=int(config.dist.ddr_gib * GIB),
+    )
+    batch_size = max(1, config.train.batch_size // world.size)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        constraints=constraints,
+        enumerator=_Enumerator(topology=topology, batch_size=batch_size, constraints=constraints),
+        # Share of device memory left to the dense part and the activations.
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+        debug=False,
+    )
+    try:
+        torchrec_plan = planner.plan(model, [Sharder()])
+    except PlannerError as e:
+        asked = sorted({k for c in constraints.values() for k in c.sharding_types or ()})
+        raise PlanError(
+            f"no sharding plan fits {world.size} ranks with dist.ddr_gib = {config.dist.ddr_gib:g}, "
+            f"dist.hbm_gib = {config.dist.hbm_gib:g} and sharding types {asked}: {' '.join(str(e).split())}"
+        ) from e
+    except RuntimeError as e:  # the enumerator's answer to constraints that exclude everything
+        raise PlanError(f"dist.sharding: {e}") from e
+    return {
+        table: Placement(s.sharding_type, () if s.sharding_type == DATA_PARALLEL else tuple(s.ranks))
+        for module in torchrec_plan.plan.values()
+        for table, s in module.items()
+    }
+
+
+def kernel_of(sharding_type: str) -> str:
+    dense = sharding_type == DATA_PARALLEL
+    return str((EmbeddingComputeKernel.DENSE if dense else EmbeddingComputeKernel.FUSED).value)

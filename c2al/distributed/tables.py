@@ -1,0 +1,160 @@
+"""The embedding tables of a model: their configs before sharding, and what a rank holds of them after.
+
+R rows of a table, D columns (embedding dimension).
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag, BatchedFusedEmbeddingBag
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from c2al.distributed.placement import DATA_PARALLEL, Placement
+from c2al.errors import PlanError
+
+INIT_ROWS = 8192
+"""Rows of a table that are drawn from one generator. Another number would draw other weights from a seed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Part of a table on this rank, from row `row` and column `column` on. The tensors are live views."""
+
+    row: int
+    column: int
+    weight_RD: torch.Tensor
+    moment_R: torch.Tensor | None
+    """Row-wise Adagrad sums of the fused kernel, one per row, over this block's columns. None for
+    data_parallel, whose sums the `Optimizer` keeps."""
+    parameter: torch.Tensor | None
+    """For data_parallel, the flat parameter that `weight_RD` is a view of; DDP averages its gradient."""
+
+    @property
+    def grad_RD(self) -> torch.Tensor | None:
+        """Gradient of a data_parallel block after backward."""
+        if self.parameter is None or self.parameter.grad is None:
+            return None
+        start = self.weight_RD.storage_offset() - self.parameter.storage_offset()
+        return self.parameter.grad.flatten()[start : start + self.weight_RD.numel()].view_as(self.weight_RD)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding table as this rank holds it."""
+
+    name: str
+    """Name of its weight in the model's state_dict."""
+    rows: int
+    dim: int
+    replicated: bool
+    blocks: tuple[Block, ...]
+
+
+def local_tables(dmp: DistributedModelParallel) -> list[Table]:
+    """Every table of the model, in the same order on every rank, with the blocks this rank holds."""
+    plan = plan_of(dmp)
+    tables = []
+    for path, sharded in dmp.module.named_modules():
+        if not isinstance(sharded, ShardedEmbeddingBagCollection):
+            continue
+        blocks: dict[str, list[Block]] = {}
+        for lookup in sharded._lookups:  # not registered as submodules, so modules() does not reach them
+            for kernel in lookup.modules():
+                for name, block in _kernel_blocks(kernel):
+                    blocks.setdefault(name, []).append(block)
+        for config in sharded._embedding_bag_configs:
+            tables.append(
+                Table(
+                    name=f"{path}.embedding_bags.{config.name}.weight"
+                    if path
+                    else f"embedding_bags.{config.name}.weight",
+                    rows=config.num_embeddings,
+                    dim=config.embedding_dim,
+                    replicated=plan[config.name].sharding == DATA_PARALLEL,
+                    blocks=tuple(sorted(blocks.get(config.name, []), key=lambda b: (b.row, b.column))),
+                )
+            )
+    return tables
+
+
+def _kernel_blocks(kernel: nn.Module) -> Iterator[tuple[str, Block]]:
+    if isinstance(kernel, BatchedFusedEmbeddingBag):
+        tbe = kernel.emb_module
+        moments = tbe.get_optimizer_state()
+        for config, weight_RD, moment in zip(
+            kernel.config.embedding_tables, tbe.split_embedding_weights(), moments, strict=True
+        ):
+            row, column = config.local_metadata.shard_offsets
+            if weight_RD.numel():
+                yield config.name, Block(row, column, weight_RD.detach(), moment["sum"], None)
+    elif isinstance(kernel, BatchedDenseEmbeddingBag):
+        flat = kernel.emb_module.weights
+        for config, weight_RD in zip(
+            kernel.config.embedding_tables, kernel.emb_module.split_embedding_weights(), strict=True
+        ):
+            yield config.name, Block(0, 0, weight_RD.detach(), None, flat)
+
+
+def plan_of(dmp: DistributedModelParallel) -> dict[str, Placement]:
+    """The plan a sharded model follows."""
+    return {
+        table: Placement(
+            sharding.sharding_type, () if sharding.sharding_type == DATA_PARALLEL else tuple(sharding.ranks or ())
+        )
+        for module in dmp.plan.plan.values()
+        for table, sharding in module.items()
+    }
+
+
+@torch.no_grad()
+def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagConfig], seed: int) -> None:
+    """Draws the weights of every local block: uniform between the bounds of the table's config.
+
+    A weight is a function of (seed, table, row, column), whatever the plan.
+    """
+    for table in local_tables(dmp):
+        name = table.name.split(".")[-2]
+        low, high = tables[name].get_weight_init_min(), tables[name].get_weight_init_max()
+        for block in table.blocks:
+            height, width = block.weight_RD.shape
+            for chunk in range(block.row // INIT_ROWS, -(-(block.row + height) // INIT_ROWS)):
+                start = chunk * INIT_ROWS
+                digest = hashlib.sha256(f"c2al table {seed}/{name}/{chunk}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                values_RD = torch.empty(min(INIT_ROWS, table.rows - start), table.dim)
+                values_RD.uniform_(low, high, generator=generator)
+                first, last = max(start, block.row), min(start + len(values_RD), block.row + height)
+                block.weight_RD[first - block.row : last - block.row].copy_(
+                    values_RD[first - start : last - start, block.column : block.column + width]
+                )
+
+
+def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
+    """Path and module of every embedding bag collection before sharding. Raises PlanError for a weighted one."""
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, EmbeddingBagCollection)]
+    for path, ebc in found:
+        if ebc.is_weighted():
+            # It would accept a batch without weights and pool with garbage.
+            raise PlanError(f"{path}: a weighted EmbeddingBagCollection is not supported; batches carry no id weights")
+    return found
+
+
+def tables_of(model: nn.Module) -> dict[str, EmbeddingBagConfig]:
+    """Config of every table by name, before sharding."""
+    return {t.name: t for _, ebc in collections_of(model) for t in ebc.embedding_bag_configs()}
+
+
+def sharded_configs(dmp: DistributedModelParallel) -> Sequence[EmbeddingBagConfig]:
+    """Config of every table of a sharded model."""
+    return [
+        t
+        for m in dmp.module.modules()
+        if isinstance(m, ShardedEmbeddingBagCollection)
+        for t in m._embedding_bag_configs
+    ]
