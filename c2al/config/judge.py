@@ -55,6 +55,9 @@ class EvaluateConfig:
     """Bootstrap replicates over users."""
     confidence: float = 0.95
     """Two-sided, of every interval."""
+    items: str = ""
+    """Column of item ids in the scores; if given, NE_diff gets a second interval that resamples users and
+    items together (pigeonhole bootstrap)."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:

@@ -16,7 +16,7 @@ from c2al.config import Config, load_config, replace, save_config
 from c2al.discovery.discover import discover
 from c2al.distributed.process import World
 from c2al.errors import ConfigError
-from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.evaluate import evaluate, paired
 from c2al.evaluation.result import COHORT, OVERALL
 from c2al.files import write_atomically
 from c2al.report.densities import draw_densities
@@ -60,7 +60,9 @@ def experiment(config: Config, output: Path, world: World, command: str) -> Path
 
     def report() -> Path:
         pairs = [tuple(str(output / f"seed_{s}" / a / "scores_test") for a in ("baseline", "c2al")) for s in seeds]
-        result = evaluate(pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data)
+        result = evaluate(
+            paired(pairs), cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data
+        )
         path = write_report(output)
         summary = tuple(s for s in result.segments if s.axis in (OVERALL, COHORT))
         print(dataclasses.replace(result, segments=summary).table())

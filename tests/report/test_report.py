@@ -14,7 +14,7 @@ from torch import nn
 
 from c2al.config import Config, parse_config, save_config
 from c2al.errors import DataError
-from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.evaluate import evaluate, paired
 from c2al.nn.interactions import StaticY, YSource
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
@@ -149,7 +149,7 @@ def make_experiment(folder: Path, gain: float = 0.15, seeds: tuple[int, ...] = (
             (folder / f"seed_{seed}" / arm / "run" / "metrics.jsonl").write_text(metrics(arm, seed))
     pairs = [tuple(folder / f"seed_{s}" / arm / "scores_test" for arm in ("baseline", "c2al")) for s in seeds]
     cohorts = folder / "cohorts" / "cohorts.json"
-    evaluate(pairs, cohorts, config.axes, config.evaluate, 0, folder / "evaluation", config.data)
+    evaluate(paired(pairs), cohorts, config.axes, config.evaluate, 0, folder / "evaluation", config.data)
     return config
 
 
@@ -205,7 +205,7 @@ def test_report_holds_the_numbers_of_the_evaluation(experiment: Path):
     result = page.tables[0]
     assert [row[0] for row in result[1:]] == ["overall", "head (tab = feed)", f"tail (tab = {HOSTILE})"]
     for row, segment in zip(result[1:], tree["segments"], strict=False):
-        estimate = segment["estimates"]["ne_diff"]
+        estimate = segment["differences"][0]["estimates"]["ne"]
         assert row[1] == f"{segment['rows']:,}"
         assert float(row[5].replace("−", "-").rstrip("%")) == pytest.approx(100 * estimate["value"], abs=6e-4)
         low, high = (float(v.replace("−", "-").rstrip("%")) for v in row[6].split(" to "))
