@@ -15,6 +15,9 @@ def logit_bins(logit: NDArray[np.float64]) -> NDArray[np.int16]:
 
 
 def bin_predictions() -> NDArray[np.float64]:
-    """(BINS,) probability at the centre of each bin, at most p (1 - p) / 128 from any probability p in it."""
+    """(BINS,) probability at the centre of each bin.
+
+    It differs from a probability p in the bin by at most 0.8% of p (1 - p), except in the outer bins.
+    """
     centre = (np.arange(BINS) + 0.5) * (2 * LIMIT / BINS) - LIMIT
     return np.asarray(1 / (1 + np.exp(-centre)), np.float64)

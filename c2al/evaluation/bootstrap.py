@@ -145,8 +145,6 @@ def resample_pairs(user_N, item_N, segment_NA, label_N, weight_N, loss_NJ, seed,
     # Users and items draw from streams of their own: a user and an item of one id have nothing in common.
     item_seed = _mix(seed ^ np.uint64(0xA0761D6478BD642F))
     for n in range(len(user_N)):
-        if (segment_NA[n] < 0).all():
-            continue
         if n == 0 or user_N[n] != user_N[n - 1]:
             poisson_weights(seed, user_N[n], user_R)
         poisson_weights(item_seed, item_N[n], item_R)

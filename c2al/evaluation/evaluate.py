@@ -9,7 +9,6 @@ Memory does not grow with the rows: a pass holds one row group of each run and w
 Segments beyond that are evaluated in further rounds of passes.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ def _round(
             main_NA = np.where(b.segment_NA < main, b.segment_NA, np.int32(-1))
             bootstrap.resample_pairs(b.user_N, b.item_N, main_NA, b.label_N, b.weight_N, b.loss_NJ, stream, pairs_GVR)
     grouped_GVR = np.zeros((groups, 1 + len(runs), config.replicates + 1))
-    for user_U, segment_U, sum_UV in _user_aucs(read, runs, groups, len(segments.columns) + 1):
+    for user_U, segment_U, sum_UV in _user_aucs(read, runs[0].rows, segments.axes, len(runs)):
         bootstrap.resample_sums(user_U, segment_U, sum_UV, stream, grouped_GVR)
     return [
         SegmentSums(
@@ -189,14 +188,17 @@ def _round(
     ]
 
 
-def _user_aucs(
-    read: Callable[[], Iterator[Block]], runs: Sequence[Scores], groups: int, axes: int
-) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64], Float]]:
-    """AUC sums of every user, a share of the users at a time, so that the rows of a share fit MEMORY."""
-    shares = math.ceil(runs[0].rows * (40 + 4 * axes + 18 * len(runs)) / MEMORY)
+def _user_aucs(read: Callable[[], Iterator[Block]], rows: int, axes: int, runs: int) -> Iterator[grouped.UserSums]:
+    """AUC sums of every user, a share of the users at a time, so that the rows of a share fit MEMORY.
+
+    A user's rows lie anywhere in the files: each share reads all of them and keeps its own users' rows.
+    """
+    # Twice what is kept, since it is joined, and the sort keys.
+    shares = math.ceil(rows * (2 * (17 + 4 * axes + 8 * runs) + 48) / MEMORY)
     for share in range(shares):
-        kept = [b if shares == 1 else b.take(b.user_N % np.uint64(shares) == share) for b in read()]
-        names = [f.name for f in dataclasses.fields(Block)]
-        whole = Block(**{name: np.concatenate([getattr(b, name) for b in kept]) for name in names})
-        b = whole.sorted_by_user()
-        yield grouped.user_aucs(b.user_N, b.segment_NA, b.label_N, b.weight_N, b.prediction_NJ, groups)
+        kept = []
+        for b in read():
+            own_N = b.user_N % np.uint64(shares) == share
+            columns = (b.user_N, b.segment_NA, b.label_N, b.weight_N, b.prediction_NJ)
+            kept.append(columns if shares == 1 else [c[own_N] for c in columns])
+        yield grouped.user_aucs(*(np.concatenate(column) for column in zip(*kept, strict=True)))

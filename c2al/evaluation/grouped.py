@@ -1,9 +1,6 @@
 """GAUC: the AUC within a user, averaged over users by their impressions.
 
 Letters: N rows, A axes, J runs, U (user, segment) pairs.
-
-A user's rows lie anywhere in the files, so all rows of a share of the users, chosen by the users' hash, are
-held at a time and the files are read once per share.
 """
 
 import numpy as np
@@ -11,85 +8,80 @@ from numba import njit
 from numpy.typing import NDArray
 
 Float = NDArray[np.float64]
+UserSums = tuple[NDArray[np.uint64], NDArray[np.int64], Float]
 
 
-@njit(nogil=True)
-def user_aucs(user_N, segment_NA, label_N, weight_N, prediction_NJ, groups):  # type: ignore[no-untyped-def]
-    """(user_U, segment_U, sum_UV) of rows sorted by user; V = 1 + J.
+def user_aucs(
+    user_N: NDArray[np.uint64],
+    segment_NA: NDArray[np.int32],
+    label_N: NDArray[np.uint8],
+    weight_N: Float,
+    prediction_NJ: Float,
+) -> UserSums:
+    """(user_U, segment_U, sum_UV) of all rows of some users, in any order; V = 1 + J. Sorted by user.
 
     sum_UV: the weight of the user's rows in the segment, then weight * AUC of each run, ties counted half.
     Users without positives or without negatives in a segment have no AUC there and are left out.
     """
-    rows, axes, runs = len(user_N), segment_NA.shape[1], prediction_NJ.shape[1]
-    pairs = _pairs(user_N, segment_NA, groups)
-    user_U, segment_U = np.empty(pairs, np.uint64), np.empty(pairs, np.int64)
-    sum_UV = np.empty((pairs, 1 + runs))
-    used = 0
-    first = 0
-    while first < rows:
-        last = first
-        while last < rows and user_N[last] == user_N[first]:
-            last += 1
-        order_J = [np.argsort(prediction_NJ[first:last, j]) + first for j in range(runs)]
-        for a in range(axes):
-            for g in np.unique(segment_NA[first:last, a]):
-                if g < 0:
-                    continue
-                negatives = positives = 0.0
-                for n in range(first, last):
-                    if segment_NA[n, a] == g:
-                        if label_N[n] == 1:
-                            positives += weight_N[n]
-                        else:
-                            negatives += weight_N[n]
-                if negatives <= 0.0 or positives <= 0.0:
-                    continue
-                user_U[used], segment_U[used] = user_N[first], g
-                sum_UV[used, 0] = negatives + positives
-                for j in range(runs):
-                    wins = _wins(order_J[j], segment_NA[:, a], g, label_N, weight_N, prediction_NJ[:, j])
-                    sum_UV[used, 1 + j] = (negatives + positives) * wins / (negatives * positives)
-                used += 1
-        first = last
-    return user_U[:used], segment_U[:used], sum_UV[:used]
+    found = [
+        _of_axis(*(x[segment_N >= 0] for x in (user_N, segment_N, label_N, weight_N, prediction_NJ)))
+        for segment_N in segment_NA.T
+    ]
+    user_U, segment_U, sum_UV = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(user_U, kind="stable")
+    return user_U[order], segment_U[order], sum_UV[order]
+
+
+def _of_axis(
+    user_N: NDArray[np.uint64],
+    segment_N: NDArray[np.int32],
+    label_N: NDArray[np.uint8],
+    weight_N: Float,
+    prediction_NJ: Float,
+) -> UserSums:
+    order = np.lexsort((segment_N, user_N))
+    user_N, segment_N, label_N, weight_N = (x[order] for x in (user_N, segment_N, label_N, weight_N))
+    first_N = np.ones(len(user_N), np.bool_)
+    first_N[1:] = (user_N[1:] != user_N[:-1]) | (segment_N[1:] != segment_N[:-1])
+    pair_N, pairs = first_N.cumsum() - 1, int(first_N.sum())
+    positives_U = np.bincount(pair_N, weight_N * (label_N == 1), pairs)
+    negatives_U = np.bincount(pair_N, weight_N * (label_N == 0), pairs)
+    sum_UV = np.empty((pairs, 1 + prediction_NJ.shape[1]))
+    sum_UV[:, 0] = positives_U + negatives_U
+    used_U = (positives_U > 0) & (negatives_U > 0)
+    for j, prediction_N in enumerate(prediction_NJ[order].T):
+        ranked = np.lexsort((prediction_N, pair_N))
+        wins_U = _wins(pair_N[ranked], label_N[ranked], weight_N[ranked], prediction_N[ranked], pairs)
+        auc_U = np.divide(wins_U, positives_U * negatives_U, out=np.zeros(pairs), where=used_U)
+        sum_UV[:, 1 + j] = sum_UV[:, 0] * auc_U
+    return user_N[first_N][used_U], segment_N[first_N][used_U].astype(np.int64), sum_UV[used_U]
 
 
 @njit(nogil=True)
-def _pairs(user_N, segment_NA, groups):  # type: ignore[no-untyped-def]
-    """Number of (user, segment) pairs, an upper bound for users with an AUC."""
-    seen_G = np.full(groups, -1, np.int64)
-    pairs = number = 0
-    for n in range(len(user_N)):
-        if n == 0 or user_N[n] != user_N[n - 1]:
-            number += 1
-        for a in range(segment_NA.shape[1]):
-            g = segment_NA[n, a]
-            if g >= 0 and seen_G[g] != number:
-                seen_G[g] = number
-                pairs += 1
-    return pairs
+def _wins(pair_N, label_N, weight_N, prediction_N, pairs):  # type: ignore[no-untyped-def]
+    """(U,) sum over (positive, negative) pairs of rows of weights * [positive ranked above], ties half.
 
-
-@njit(nogil=True)
-def _wins(order, segment_N, g, label_N, weight_N, prediction_N):  # type: ignore[no-untyped-def]
-    """Sum over (positive, negative) pairs of weights * [positive ranked above], ties half."""
-    below = wins = 0.0
+    Rows are sorted by pair, then prediction.
+    """
+    wins_U = np.zeros(pairs)
+    below = 0.0
     i = 0
-    while i < len(order):
+    while i < len(pair_N):
+        u = pair_N[i]
+        if i == 0 or pair_N[i - 1] != u:
+            below = 0.0
+        negative = positive = 0.0
         k = i
-        tied_negative = tied_positive = 0.0
-        while k < len(order) and prediction_N[order[k]] == prediction_N[order[i]]:
-            n = order[k]
-            if segment_N[n] == g:
-                if label_N[n] == 1:
-                    tied_positive += weight_N[n]
-                else:
-                    tied_negative += weight_N[n]
+        while k < len(pair_N) and pair_N[k] == u and prediction_N[k] == prediction_N[i]:
+            if label_N[k] == 1:
+                positive += weight_N[k]
+            else:
+                negative += weight_N[k]
             k += 1
-        wins += tied_positive * (below + tied_negative / 2)
-        below += tied_negative
+        wins_U[u] += positive * (below + negative / 2)
+        below += negative
         i = k
-    return wins
+    return wins_U
 
 
 def grouped_auc(sums_VR: Float) -> Float:

@@ -112,7 +112,7 @@ class Reliability:
     """Predicted against observed rates in bins of equal weight, sorted by prediction, pooled over seeds."""
 
     prediction: tuple[float, ...]
-    """Mean prediction, from the centres of the logit bins: off by at most p (1 - p) / 128."""
+    """Mean prediction, from the centres of the logit bins: off by at most 0.8% of p (1 - p)."""
     rate: tuple[float, ...]
     """Observed share of positives."""
     weight: tuple[float, ...]

@@ -46,6 +46,11 @@ class Segments:
         for axis in self._axes:
             _need(axis.columns, axis.name, scores)
 
+    @property
+    def axes(self) -> int:
+        """Columns of `of`."""
+        return 1 + len(self._axes)
+
     def of(self, table: pa.Table) -> NDArray[np.int32]:
         """(N, A) index into `names` of each row on each axis, the whole test set first; -1 for none."""
         columns, base = [np.zeros(table.num_rows, dtype=np.int32)], np.int32(1)
