@@ -1,6 +1,6 @@
 """How often do intervals of NE_diff hold the true value?
 
-    python benchmarks/coverage.py [--draws 6000]
+    python benchmarks/coverage.py [--draws 4000]
 
 Draws test sets of users and seeds from known distributions, evaluates each with the product's functions and
 counts how often the nominal 95% interval holds the truth. A draw has users of unequal sizes whose reaction
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy
-from scipy import stats
+from scipy import special
 
 from c2al.evaluation.estimates import effective
 from c2al.evaluation.intervals import Spread, exponent, rejection, spread
@@ -72,6 +72,10 @@ Interval = tuple[float, float]
 Method = Callable[[np.ndarray, np.ndarray, Spread], Interval]
 
 
+def t(df: float) -> float:
+    return float(special.stdtrit(df, 1 - ALPHA / 2))
+
+
 def around(found: Spread, half: float) -> Interval:
     return found.value - half, found.value + half
 
@@ -82,25 +86,25 @@ def users_only(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> 
 
 
 def seeds_only(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> Interval:
-    return around(found, stats.t.ppf(1 - ALPHA / 2, len(value_S) - 1) * math.sqrt(found.seeds_variance))
+    return around(found, t(len(value_S) - 1) * math.sqrt(found.seeds_variance))
 
 
 def counted_twice(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> Interval:
     both = dataclasses.replace(found, users_variance=float(replicate_SR.mean(axis=0).var(ddof=1)))
-    return around(both, stats.t.ppf(1 - ALPHA / 2, both.df) * both.std)
+    return around(both, t(both.df) * both.std)
 
 
 def satterthwaite(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> Interval:
-    return around(found, stats.t.ppf(1 - ALPHA / 2, found.df) * found.std)
+    return around(found, t(found.df) * found.std)
 
 
 def howe(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> Interval:
-    t_u, t_s = (stats.t.ppf(1 - ALPHA / 2, df) for df in (found.users_df, found.seeds_df))
+    t_u, t_s = t(found.users_df), t(found.seeds_df)
     return around(found, math.sqrt(t_u**2 * found.users_variance + t_s**2 * found.seeds_variance))
 
 
 def cochran(value_S: np.ndarray, replicate_SR: np.ndarray, found: Spread) -> Interval:
-    t_u, t_s = (stats.t.ppf(1 - ALPHA / 2, df) for df in (found.users_df, found.seeds_df))
+    t_u, t_s = t(found.users_df), t(found.seeds_df)
     return around(found, ((1 - found.share) * t_u + found.share * t_s) * found.std)
 
 
@@ -152,11 +156,11 @@ def simulate(
         difference, loss = draws(regime, seeds, TOGETHER, rng)
         weight_RU = np.vstack([np.ones(regime.users), rng.poisson(1.0, (REPLICATES, regime.users))])
         shape = (REPLICATES + 1, seeds, TOGETHER)
-        lost_RST = (weight_RU @ loss.reshape(regime.users, -1)).reshape(shape)
-        value_RST = (weight_RU @ difference.reshape(regime.users, -1)).reshape(shape) / lost_RST
-        for t in range(TOGETHER):
-            value_SR = value_RST[:, :, t].T
-            users = effective(lost_RST[:, :, t].mean(axis=1))
+        lost_RSD = (weight_RU @ loss.reshape(regime.users, -1)).reshape(shape)
+        value_RSD = (weight_RU @ difference.reshape(regime.users, -1)).reshape(shape) / lost_RSD
+        for d in range(TOGETHER):
+            value_SR = value_RSD[:, :, d].T
+            users = effective(lost_RSD[:, :, d].mean(axis=1))
             found = spread(value_SR[:, 0], value_SR[:, 1:], users)
             for name, method in methods.items():
                 low, high = method(value_SR[:, 0], value_SR[:, 1:], found)
@@ -199,7 +203,7 @@ def figure(rows: list[dict[str, object]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=6000)
+    parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     about = {
