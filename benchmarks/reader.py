@@ -38,8 +38,8 @@ import pyarrow.parquet as pq
 from c2al.config import DataConfig, DenseFeature, SparseFeature
 from c2al.data.encode import Encoder
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import Statistics
 from c2al.data.source import open_dataset
+from c2al.data.statistics import Moments, Statistics
 
 ROW_GROUP = 65536
 BATCH = 4096
@@ -100,7 +100,7 @@ def impressions(start: int, rows: int, words: pa.Array) -> pa.Table:
 
 def measure(name: str, folder: str) -> dict[str, float]:
     paths = (folder,)
-    fitted = Statistics(moments={f.column: (0.5, 1.0) for f in DATA.dense}, vocabularies={})
+    fitted = Statistics(moments={f.column: Moments(0.5, 1.0) for f in DATA.dense}, vocabularies={})
     before, cpu, wall = peak_mib(), cpu_seconds(), time.perf_counter()
     for _ in work(name, paths, fitted):
         pass

@@ -73,7 +73,8 @@ def write_cohorts(path: Path) -> Path:
     ]
     head, tail = ({"axis": "surface", **cohorts[i]} for i in (0, 2))
     tree = {
-        "version": 1,
+        "format": "c2al.cohorts",
+        "version": 2,
         "chosen": {"head": head, "tail": tail, "reason": "by hand"},
         "axes": [{"name": "surface", "columns": ["surface"], "cohorts": cohorts}],
     }

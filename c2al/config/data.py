@@ -34,8 +34,9 @@ class SparseFeature:
     """Rows of the embedding table; 0 only with bucketise, which needs len(edges) + 2."""
     edges: tuple[float, ...] = ()
     """Ascending cut points of bucketise; value x goes to 1 + #(edges <= x)."""
-    max_length: int = 1
-    """Values kept of a list-valued column, from the front; 1 for a scalar column."""
+    max_length: int = 0
+    """Values kept of a list-valued column, from the front. 0: the column holds one value per row, and a
+    list is refused."""
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a list-valued feature are combined."""
 
@@ -60,8 +61,8 @@ class SparseFeature:
                 yield "num_embeddings", f"must be at least 2, is {self.num_embeddings}"
             if self.edges:
                 yield "edges", f"only with encoding = 'bucketise', not '{self.encoding}'"
-        if self.max_length < 1:
-            yield "max_length", f"must be at least 1, is {self.max_length}"
+        if self.max_length < 0:
+            yield "max_length", f"must not be negative, is {self.max_length}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from c2al.data.encode import Floats, Rows
+from c2al.data.rows import Floats, Rows
 
 
 @dataclasses.dataclass

@@ -7,28 +7,32 @@ module. A cohort is a conjunction of conditions on columns:
 - interval: lower <= float32(value) < upper, a missing bound is open (NaN belongs to no interval);
 - null: the column holds null, or NaN.
 
-Source: C2AL Sec. 3 (cohorts C_head, C_tail along semantic axes). pyarrow is imported when a table
-is at hand, so that this module needs numpy alone.
+Source: C2AL Sec. 3 (cohorts C_head, C_tail along semantic axes).
 """
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from c2al.data.arrow_types import flat, float64, is_text, plain
 from c2al.errors import CohortError
+from c2al.state import read_json
+from c2al.text import terminal
+from c2al.typed import INT64, Problems, build
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+FORMAT, VERSION = "c2al.cohorts", 2
+"""Of cohorts.json; a file of another format or version is refused."""
 
-VERSION = 1
-"""Of cohorts.json; a file of another version is refused."""
+MOST_COHORTS = 2**20
+"""Cohorts of one axis that a file may hold: beyond any axis that is useful, within memory."""
 
 Category = bool | int | str
 
@@ -38,7 +42,7 @@ class Condition:
     """One test of one column: exactly one of `equals`, an interval, or `null`."""
 
     column: str
-    equals: Category | None = None
+    equals: bool | int | str | None = None
     lower: float | None = None
     """Inclusive, compared as float32; None with an `upper` only: unbounded below."""
     upper: float | None = None
@@ -53,18 +57,24 @@ class Condition:
             return {"column": self.column, "equals": self.equals}
         return {"column": self.column, "lower": self.lower, "upper": self.upper}
 
+    def problems(self) -> Problems:
+        if self.equals is not None and (self.null or self.lower is not None or self.upper is not None):
+            yield "equals", "does not go with a bound or with null"
+        if self.null and (self.lower is not None or self.upper is not None):
+            yield "null", "does not go with a bound"
+        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
+            yield "lower", f"is {self.lower}, not below the upper bound {self.upper}"
+
     @classmethod
     def from_json(cls, value: Any, source: str) -> "Condition":
         """Strict inverse of `to_json`. Raises CohortError naming `source`."""
-        if isinstance(value, dict) and isinstance(value.get("column"), str):
-            column, rest = value["column"], {k: v for k, v in value.items() if k != "column"}
-            if rest == {"null": True}:
-                return cls(column=column, null=True)
-            if set(rest) == {"equals"} and isinstance(rest["equals"], bool | int | str):
-                return cls(column=column, equals=rest["equals"])
-            if set(rest) == {"lower", "upper"} and all(b is None or _is_number(b) for b in rest.values()):
-                return cls(column=column, **rest)
-        raise CohortError(f"{source}: {value!r} is not a condition")
+        problems: list[str] = []
+        condition = build(cls, value, "", problems)
+        if not problems and set(value) != set(condition.to_json()):
+            problems.append(f"has the keys {', '.join(sorted(value))}")
+        if problems:
+            raise CohortError(f"{source}: {_short(value)} is not a condition: {'; '.join(problems)}")
+        return condition  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +91,7 @@ class CohortSpec:
         """Columns a table needs for `membership`."""
         return tuple(dict.fromkeys(c.column for c in self.conditions))
 
-    def membership(self, table: "pa.Table | pa.RecordBatch") -> npt.NDArray[np.bool_]:
+    def membership(self, table: pa.Table | pa.RecordBatch) -> npt.NDArray[np.bool_]:
         """Which of the table's R rows belong to the cohort: bool (R,).
 
         Raises CohortError naming a column that is missing or of another kind than the conditions.
@@ -95,9 +105,9 @@ class CohortSpec:
     @classmethod
     def from_json(cls, value: Any, source: str) -> "CohortSpec":
         """Strict inverse of `to_json`; further keys (a cohort's statistics) are ignored."""
-        known = isinstance(value, dict) and isinstance(value.get("axis"), str) and isinstance(value.get("name"), str)
-        if not known or not isinstance(value.get("conditions"), list) or not value["conditions"]:
-            raise CohortError(f"{source}: a cohort needs 'axis', 'name' and 'conditions', got {value!r}")
+        named = isinstance(value, dict) and all(_is_name(value.get(key)) for key in ("axis", "name"))
+        if not named or not isinstance(value.get("conditions"), list) or not value["conditions"]:
+            raise CohortError(f"{source}: a cohort needs 'axis', 'name' and 'conditions', got {_short(value)}")
         conditions = tuple(Condition.from_json(c, source) for c in value["conditions"])
         return cls(axis=value["axis"], name=value["name"], conditions=conditions)
 
@@ -110,7 +120,7 @@ class AxisCohorts:
     columns: tuple[str, ...]
     cohorts: tuple[CohortSpec, ...]
 
-    def codes(self, table: "pa.Table | pa.RecordBatch") -> npt.NDArray[np.int32]:
+    def codes(self, table: pa.Table | pa.RecordBatch) -> npt.NDArray[np.int32]:
         """Index into `cohorts` of each of the table's R rows: int32 (R,); -1 where none fits.
 
         -1 marks a category that discovery has not seen, or a combination of a cross that it has not.
@@ -167,63 +177,86 @@ class Cohorts:
 
 
 def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
-    """Reads cohorts.json. Raises CohortError naming the file and what is wrong with it."""
+    """Reads cohorts.json. Raises CohortError naming the file and what is wrong with it.
+
+    What stands there for people (counts, rates, divergences) is not read and may be anything.
+    """
     source = str(path)
-    try:
-        with open(path, encoding="utf-8") as f:
-            tree = json.load(f)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise CohortError(f"{source}: not a readable cohorts.json: {e}") from e
-    if not isinstance(tree, dict) or tree.get("version") != VERSION:
-        found = tree.get("version") if isinstance(tree, dict) else None
-        raise CohortError(f"{source}: version is {found!r}, this c2al reads version {VERSION}")
-    try:
-        chosen, axes = tree["chosen"], tree["axes"]
-        head, tail = (None if chosen[k] is None else CohortSpec.from_json(chosen[k], source) for k in ("head", "tail"))
-        return Cohorts(head=head, tail=tail, reason=chosen["reason"], axes=tuple(_axis(a, source) for a in axes))
-    except (KeyError, TypeError) as e:
-        raise CohortError(f"{source}: not a cohorts.json of version {VERSION}: {e!r}") from e
+    tree = read_json(path, CohortError)
+    if not isinstance(tree, dict):
+        raise CohortError(f"{source}: not a {FORMAT} file: it holds no JSON object")
+    found = tree.get("format"), tree.get("version")
+    if found != (FORMAT, VERSION) or isinstance(found[1], bool):
+        raise CohortError(
+            f"{source}: format {_short(found[0])}, version {_short(found[1])}; "
+            f"this c2al reads {FORMAT!r}, version {VERSION}"
+        )
+    chosen, axes = tree.get("chosen"), tree.get("axes")
+    if not isinstance(chosen, dict) or not {"head", "tail", "reason"} <= chosen.keys():
+        raise CohortError(f"{source}: 'chosen' is not a section with 'head', 'tail' and 'reason'")
+    if not _is_name(chosen["reason"]) or (chosen["head"] is None) != (chosen["tail"] is None):
+        raise CohortError(f"{source}: 'chosen' needs a reason, and head and tail both or neither")
+    if not isinstance(axes, list):
+        raise CohortError(f"{source}: 'axes' is not a list")
+    head, tail = (None if chosen[k] is None else CohortSpec.from_json(chosen[k], source) for k in ("head", "tail"))
+    read = tuple(_axis(a, source) for a in axes)
+    for name in sorted({a.name for a in read if [b.name for b in read].count(a.name) > 1}):
+        raise CohortError(f"{source}: axis '{name}' is there twice")
+    return Cohorts(head=head, tail=tail, reason=chosen["reason"], axes=read)
 
 
-def _axis(tree: dict[str, Any], source: str) -> AxisCohorts:
-    name, columns = tree["name"], tuple(tree["columns"])
-    cohorts = tuple(CohortSpec.from_json({"axis": name, **c}, source) for c in tree["cohorts"])
-    if not cohorts:
-        raise CohortError(f"{source}: axis '{name}' has no cohorts")
-    for cohort in cohorts:
+def _axis(tree: Any, source: str) -> AxisCohorts:
+    named = isinstance(tree, dict) and _is_name(tree.get("name"))
+    columns, cohorts = (tree.get("columns"), tree.get("cohorts")) if named else (None, None)
+    if not isinstance(columns, list) or not all(map(_is_name, columns)) or not isinstance(cohorts, list):
+        raise CohortError(f"{source}: an axis needs 'name', 'columns' and 'cohorts', got {_short(tree)}")
+    name = tree["name"]
+    if not 0 < len(cohorts) <= MOST_COHORTS:
+        raise CohortError(f"{source}: axis '{name}' has {len(cohorts) or 'no'} cohorts")
+    if not all(isinstance(c, dict) for c in cohorts):
+        raise CohortError(f"{source}: axis '{name}' has a cohort that is no section")
+    read = tuple(CohortSpec.from_json({**c, "axis": name}, source) for c in cohorts)
+    for cohort in read:
         if sorted(c.column for c in cohort.conditions) != sorted(columns):
             raise CohortError(
                 f"{source}: axis '{name}', cohort '{cohort.name}': has not one condition on each of {columns}"
             )
-    if len({frozenset(c.conditions) for c in cohorts}) < len(cohorts):
+    if len({frozenset(c.conditions) for c in read}) < len(read):
         raise CohortError(f"{source}: axis '{name}': two cohorts have the same conditions")
-    return AxisCohorts(name=name, columns=columns, cohorts=cohorts)
+    return AxisCohorts(name=name, columns=tuple(columns), cohorts=read)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_name(value: Any) -> bool:
+    problems: list[str] = []
+    build(str, value, "", problems)
+    return not problems
+
+
+def _short(value: Any) -> str:
+    """A foreign value in a few words."""
+    if isinstance(value, dict):
+        return f"a section of {len(value)} keys"
+    if isinstance(value, list):
+        return f"a list of {len(value)} values"
+    if isinstance(value, int) and value not in INT64:
+        return "an integer beyond 64 bits"
+    text = terminal(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _column_codes(
-    table: "pa.Table | pa.RecordBatch", column: str, conditions: Sequence[Condition], axis: str
+    table: pa.Table | pa.RecordBatch, column: str, conditions: Sequence[Condition], axis: str
 ) -> npt.NDArray[np.int64]:
     """Index into `conditions`, disjoint, of each row: int64 (R,); -1 where none holds."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if column not in table.schema.names:
-        raise CohortError(f"axis '{axis}': column '{column}' is missing, there are {table.schema.names}")
-    values = table.column(column)
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
+    if (count := table.schema.names.count(column)) != 1:
+        there = f"is there {count} times" if count else f"is missing, there are {table.schema.names}"
+        raise CohortError(f"axis '{axis}': column '{column}' {there}")
+    values = plain(table.column(column))
     code_R = np.full(table.num_rows, -1, np.int64)
 
     categories = [(i, c.equals) for i, c in enumerate(conditions) if c.equals is not None]
     if categories:
-        _check_kind(values.type, {type(v) for _, v in categories}, column, axis)
-        seen = pc.index_in(values, value_set=pa.array([v for _, v in categories], values.type))
-        lookup = np.array([i for i, _ in categories] + [-1], np.int64)
-        code_R = lookup[pc.fill_null(seen, len(categories)).to_numpy(zero_copy_only=False)]
+        code_R = _category_codes(values, categories, column, axis)
 
     intervals = sorted(
         (-math.inf if c.lower is None else c.lower, math.inf if c.upper is None else c.upper, i)
@@ -245,32 +278,38 @@ def _column_codes(
     return code_R
 
 
-def numeric(values: "pa.Array | pa.ChunkedArray", column: str, axis: str) -> npt.NDArray[np.float32]:
+def _category_codes(
+    values: pa.Array | pa.ChunkedArray, categories: Sequence[tuple[int, Category]], column: str, axis: str
+) -> npt.NDArray[np.int64]:
+    """The number that goes with each row's value: int64 (R,); -1 where it is none of the categories."""
+    fits = {bool: pa.types.is_boolean, int: pa.types.is_integer, str: is_text}
+    for kind in {type(v) for _, v in categories}:
+        if not fits[kind](values.type):
+            raise CohortError(
+                f"axis '{axis}': column '{column}' is {values.type}, the cohorts compare it with a {kind.__name__}"
+            )
+    if pa.types.is_integer(values.type):
+        # A narrow column cannot hold every category; in 64 bits only a negative one has no place.
+        unsigned = pa.types.is_uint64(values.type)
+        values = values if unsigned else values.cast(pa.int64())
+        categories = [(i, v) for i, v in categories if not unsigned or int(v) >= 0]
+    seen = pc.index_in(values, value_set=pa.array([v for _, v in categories], values.type))
+    lookup = np.array([i for i, _ in categories] + [-1], np.int64)
+    codes: npt.NDArray[np.int64] = lookup[pc.fill_null(seen, len(categories)).to_numpy(zero_copy_only=False)]
+    return codes
+
+
+def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.NDArray[np.float32]:
     """The values of a numeric axis as float32 (R,), null as NaN; how cuts are compared everywhere.
 
-    Raises CohortError for a column that is neither integer nor floating.
+    Integers are rounded to float64 first, with nulls or without. Raises CohortError for a column that
+    is neither integer nor floating.
     """
-    import pyarrow as pa
-
+    values = flat(plain(values))
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         raise CohortError(f"axis '{axis}': column '{column}' is {values.type}, percentiles and edges need a number")
-    plain = isinstance(values, pa.Array) and not values.null_count
-    raw_R = np.from_dlpack(values) if plain else values.to_numpy(zero_copy_only=False)
-    if pa.types.is_integer(values.type):
-        raw_R = raw_R.astype(np.float64)  # as pyarrow does where there are nulls; one rounding rule for both
-    return np.asarray(raw_R, np.float32)
-
-
-def _check_kind(found: "pa.DataType", wanted: set[type], column: str, axis: str) -> None:
-    import pyarrow as pa
-
-    fits = {
-        bool: pa.types.is_boolean,
-        int: pa.types.is_integer,
-        str: lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
-    }
-    for kind in wanted:
-        if not fits[kind](found):
-            raise CohortError(
-                f"axis '{axis}': column '{column}' is {found}, the cohorts compare it with a {kind.__name__}"
-            )
+    raw_R = float64(values) if values.null_count else np.from_dlpack(values)
+    if raw_R.dtype.kind in "iu":
+        raw_R = raw_R.astype(np.float64)
+    with np.errstate(over="ignore"):  # Beyond float32 is infinity, which lies in the last interval.
+        return np.asarray(raw_R, np.float32)

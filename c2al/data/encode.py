@@ -1,156 +1,62 @@
 """Arrow columns of a row group -> arrays ready to be batched, with no per-row Python.
 
-Letters: N rows, F dense features, V values of a sparse feature over the rows.
+Letters: N rows, V single values of a sparse column over the rows.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from c2al.config import DataConfig, SparseFeature
-from c2al.data.schema import TRANSFORMS, Statistics, canonical, dense_values, flat, is_list, is_string
+from c2al.config import DataConfig, DenseFeature, SparseFeature
+from c2al.data.arrow_types import canonical, category, flat, is_list, is_text
+from c2al.data.cohorts import CohortSpec
+from c2al.data.hashing import hash64
+from c2al.data.rows import Floats, Ints, Jagged, Rows, gather, offsets_of
+from c2al.data.statistics import Statistics
+from c2al.data.values import (
+    TRANSFORMS,
+    buckets,
+    dense_values,
+    identifiers,
+    labels,
+    refuse,
+    row_of,
+    vocabulary_values,
+    weights,
+)
 from c2al.errors import DataError
-
-if TYPE_CHECKING:
-    from c2al.data.cohorts import CohortSpec
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-
-
-@dataclasses.dataclass(frozen=True)
-class Jagged:
-    """Embedding rows of one sparse feature: row i of N owns values_V[offsets[i]:offsets[i + 1]]."""
-
-    values_V: Ints
-    offsets: Ints | None
-    """(N + 1,), from 0; None where every row has exactly one value, as most features do."""
-
-    def lengths(self) -> npt.NDArray[np.int32]:
-        """(N,) values of each row."""
-        if self.offsets is None:
-            return np.ones(len(self.values_V), dtype=np.int32)
-        return np.diff(self.offsets).astype(np.int32)
-
-    def slice(self, start: int, stop: int) -> "Jagged":
-        if self.offsets is None:
-            return Jagged(self.values_V[start:stop], None)
-        offsets = self.offsets[start : stop + 1]
-        return Jagged(self.values_V[offsets[0] : offsets[-1]], offsets - offsets[0])
-
-    def take(self, index_N: Ints) -> "Jagged":
-        if self.offsets is None:
-            return Jagged(self.values_V[index_N], None)
-        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1])
-
-    @staticmethod
-    def concat(parts: Sequence["Jagged"]) -> "Jagged":
-        values_V = np.concatenate([p.values_V for p in parts])
-        if all(p.offsets is None for p in parts):
-            return Jagged(values_V, None)
-        return Jagged(values_V, offsets_of(np.concatenate([p.lengths() for p in parts])))
-
-
-def gather(values: Ints, starts_N: Ints, stops_N: Ints) -> Jagged:
-    """Row i becomes values[starts_N[i]:stops_N[i]]."""
-    lengths = stops_N - starts_N
-    offsets = offsets_of(lengths)
-    return Jagged(values[np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
-
-
-def offsets_of(lengths_N: npt.NDArray[np.integer]) -> Ints:
-    """(N + 1,) exclusive cumulative sum."""
-    offsets = np.zeros(len(lengths_N) + 1, dtype=np.int64)
-    np.cumsum(lengths_N, out=offsets[1:])
-    return offsets
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """N encoded rows, column by column."""
-
-    dense_NF: Floats
-    sparse: tuple[Jagged, ...]
-    """One per sparse feature, in config order."""
-    label_N: Floats
-    weight_N: Floats
-    member_N2: Floats
-    carried: pa.Table | None
-
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def slice(self, start: int, stop: int) -> "Rows":
-        return Rows(
-            self.dense_NF[start:stop],
-            tuple(j.slice(start, stop) for j in self.sparse),
-            self.label_N[start:stop],
-            self.weight_N[start:stop],
-            self.member_N2[start:stop],
-            None if self.carried is None else self.carried.slice(start, stop - start),
-        )
-
-    def take(self, index_N: Ints) -> "Rows":
-        return Rows(
-            self.dense_NF[index_N],
-            tuple(j.take(index_N) for j in self.sparse),
-            self.label_N[index_N],
-            self.weight_N[index_N],
-            self.member_N2[index_N],
-            None if self.carried is None else self.carried.take(pa.array(index_N)),
-        )
-
-    @staticmethod
-    def concat(parts: Sequence["Rows"]) -> "Rows":
-        """All rows of one or more parts, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        tables = [p.carried for p in parts if p.carried is not None]
-        return Rows(
-            np.concatenate([p.dense_NF for p in parts]),
-            tuple(Jagged.concat(js) for js in zip(*(p.sparse for p in parts), strict=True)),
-            np.concatenate([p.label_N for p in parts]),
-            np.concatenate([p.weight_N for p in parts]),
-            np.concatenate([p.member_N2 for p in parts]),
-            pa.concat_tables(tables) if tables else None,
-        )
 
 
 class Encoder:
     """Encodes row groups by a DataConfig and the training split's statistics.
 
-    `columns` are what it reads; those in `dictionary` should come dictionary-encoded, so that a
-    string is hashed once a distinct value, not once a row.
+    `columns` are what it reads; those in `dictionary` should come dictionary-encoded, so that a string
+    is looked up once per distinct value, not once per row.
+
+    Raises DataError for statistics of another config, and while encoding for values that are not
+    allowed.
     """
 
     def __init__(
         self,
         data: DataConfig,
         statistics: Statistics,
-        cohorts: "tuple[CohortSpec, CohortSpec] | None",
+        cohorts: tuple[CohortSpec, CohortSpec] | None,
         carry: Sequence[str],
     ):
         self._data = data
-        self._moments = {
-            f.column: statistics.moments.get(f.column) for f in data.dense if "standardise" in f.transforms
-        }
-        for column, moments in self._moments.items():
-            if moments is None:
+        self._moments = statistics.moments
+        self._vocabularies = {f.key: _vocabulary(f, statistics) for f in data.sparse if f.encoding == "vocabulary"}
+        for f in data.dense:
+            if "standardise" in f.transforms and f.column not in statistics.moments:
                 raise DataError(
-                    f"statistics: no mean and deviation of dense feature '{column}'; fit them with this config"
+                    f"statistics: no mean and deviation of dense feature '{f.column}'; fit them with this config"
                 )
-        self._vocabularies: dict[str, pa.Array] = {}
-        for f in data.sparse:
-            if f.encoding == "vocabulary":
-                if f.key not in statistics.vocabularies:
-                    raise DataError(f"statistics: no vocabulary of sparse feature '{f.key}'; fit them with this config")
-                self._vocabularies[f.key] = pa.array(statistics.vocabularies[f.key])
         self._cohorts = cohorts
         self._carry = list(carry)
         plain = {data.label, data.weight, *self.carried_columns} - {""}
@@ -165,155 +71,147 @@ class Encoder:
 
     def encode(self, table: pa.Table, where: str) -> Rows:
         """Rows of one row group; `where` names it in the DataError that bad values raise."""
-        rows = table.num_rows
-        dense_NF = np.empty((rows, len(self._data.dense)), dtype=np.float32)
-        for i, feature in enumerate(self._data.dense):
-            x = dense_values(table[feature.column], feature, where)
-            for transform in feature.transforms:
-                if transform == "standardise":
-                    mean, std = self._moments[feature.column] or (0.0, 1.0)
-                    # A column that never varied says nothing: it enters as 0, not as 0 / 0.
-                    x = (x - mean) / (std or 1.0)
-                else:
-                    x = TRANSFORMS[transform](x)
-            with np.errstate(over="ignore"):
-                dense_NF[:, i] = x
-            _refuse(
-                ~np.isfinite(dense_NF[:, i]),
-                x,
-                f"'{feature.column}' after its transforms",
-                "too large for float32",
-                where,
-            )
+        data, rows = self._data, table.num_rows
+        for column in sorted({data.row_id, data.user_id} & set(self._carry)):
+            identifiers(table[column], column, where, is_row_id=column == data.row_id)
+        dense_NF = np.empty((rows, len(data.dense)), dtype=np.float32)
+        for i, feature in enumerate(data.dense):
+            dense_NF[:, i] = self._dense(table[feature.column], feature, where)
         member_N2 = np.zeros((rows, 2), dtype=np.float32)
         for i, spec in enumerate(self._cohorts or ()):
             member_N2[:, i] = spec.membership(table)
+        columns = {c: _Column.of(flat(table[c])) for c in {f.column for f in data.sparse if not f.edges}}
         return Rows(
             dense_NF,
-            tuple(self._sparse(flat(table[f.column]), f, where) for f in self._data.sparse),
-            _label(table[self._data.label], self._data.label, where),
-            _weight(table[self._data.weight], self._data.weight, where)
-            if self._data.weight
-            else np.ones(rows, np.float32),
+            tuple(
+                Jagged(buckets(flat(table[f.column]), f, where), None)
+                if f.encoding == "bucketise"
+                else self._sparse(columns[f.column], f, where)
+                for f in data.sparse
+            ),
+            labels(table[data.label], data.label, where),
+            weights(table[data.weight], data.weight, where) if data.weight else np.ones(rows, np.float32),
             member_N2,
             table.select(self._carry) if self._carry else None,
         )
 
-    def _sparse(self, array: pa.Array, feature: SparseFeature, where: str) -> Jagged:
-        if feature.encoding == "bucketise":
-            return Jagged(_buckets(array, feature, where), None)
+    def _dense(self, column: pa.ChunkedArray, feature: DenseFeature, where: str) -> Floats:
+        """(N,) transformed values."""
+        x = dense_values(column, feature, where)
+        for transform in feature.transforms:
+            if transform == "standardise":
+                moments = self._moments[feature.column]
+                # A column that did not vary in training says nothing, whatever it holds now.
+                x = (x - moments.mean) / moments.std if moments.std else np.zeros_like(x)
+            else:
+                x = TRANSFORMS[transform](x)
+        with np.errstate(over="ignore"):
+            x32 = x.astype(np.float32)
+        refuse(~np.isfinite(x32), x, f"'{feature.column}' after its transforms", "too large for float32", where)
+        return x32
+
+    def _sparse(self, column: "_Column", feature: SparseFeature, where: str) -> Jagged:
+        """Embedding rows of every row's values, cut to the feature's max_length."""
+        values_V = self._embedding_rows(column, feature, where)
+        if column.bounds is None:
+            return Jagged(values_V, None)
+        starts_N, stops_N = column.bounds[:-1], column.bounds[1:]
+        if not column.is_list:
+            return Jagged(values_V, column.bounds)
+        stops_N = np.minimum(stops_N, starts_N + feature.max_length)
+        if column.valid_N is not None:
+            # A null list may still span values.
+            stops_N = np.where(column.valid_N, stops_N, starts_N)
+        return gather(values_V, starts_N, stops_N)
+
+    def _embedding_rows(self, column: "_Column", feature: SparseFeature, where: str) -> Ints:
+        """(V,) embedding row of each single value."""
+        if feature.encoding == "hash":
+            return (column.hash_V % np.uint64(feature.num_embeddings)).view(np.int64)
+        ends_N = None if column.bounds is None else column.bounds[1:]
+        if feature.encoding == "identity":
+            return _identity(column.leaf, feature, where, ends_N)
+        vocabulary = self._vocabularies[feature.key]
+        if not pa.types.is_dictionary(column.leaf.type):
+            return _look_up(vocabulary_values(column.leaf, feature.column, where, ends_N), vocabulary, feature, where)
+        of_entry = _look_up(canonical(column.leaf.dictionary), vocabulary, feature, where)
+        return np.asarray(of_entry[column.leaf.indices.to_numpy(zero_copy_only=False)])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Column:
+    """A sparse column taken apart; features that share it share this, and its hash."""
+
+    leaf: pa.Array
+    """(V,) the single values, without nulls."""
+    bounds: Ints | None
+    """(N + 1,) row i owns values [bounds[i], bounds[i + 1]); None where every row has exactly one."""
+    is_list: bool
+    valid_N: npt.NDArray[np.bool_] | None
+    """False where a whole list is null; None: nowhere."""
+
+    @staticmethod
+    def of(array: pa.Array) -> "_Column":
         if not is_list(array.type):
-            if not array.null_count:
-                return Jagged(self._ids(array, feature, where, None), None)
-            valid = array.is_valid().to_numpy(zero_copy_only=False)
-            offsets = offsets_of(valid)
-            return Jagged(self._ids(array.drop_null(), feature, where, offsets[1:]), offsets)
+            leaf = _by_distinct(array.drop_null() if array.null_count else array)
+            bounds = offsets_of(array.is_valid().to_numpy(zero_copy_only=False)) if array.null_count else None
+            return _Column(leaf, bounds, False, None)
         if pa.types.is_fixed_size_list(array.type):
             array = array.cast(pa.list_(array.type.value_type))
         # Offsets of a sliced list count from the start of its parent, which is what `values` holds.
         bounds = array.offsets.to_numpy().astype(np.int64, copy=False)
-        first = bounds[0]
-        child = array.values.slice(first, bounds[-1] - first)
-        bounds = bounds - first
-        if child.null_count:
-            bounds = offsets_of(child.is_valid().to_numpy(zero_copy_only=False))[bounds]
-            child = child.drop_null()
-        starts, stops = bounds[:-1], np.minimum(bounds[1:], bounds[:-1] + feature.max_length)
-        if array.null_count:
-            # A null list may still span values.
-            stops = np.where(array.is_valid().to_numpy(zero_copy_only=False), stops, starts)
-        return gather(self._ids(child, feature, where, bounds[1:]), starts, stops)
+        leaf = array.values.slice(bounds[0], bounds[-1] - bounds[0])
+        bounds = bounds - bounds[0]
+        if leaf.null_count:
+            bounds = offsets_of(leaf.is_valid().to_numpy(zero_copy_only=False))[bounds]
+            leaf = leaf.drop_null()
+        valid_N = array.is_valid().to_numpy(zero_copy_only=False) if array.null_count else None
+        return _Column(_by_distinct(leaf), bounds, True, valid_N)
 
-    def _ids(self, leaf: pa.Array, feature: SparseFeature, where: str, ends: Ints | None) -> Ints:
-        """(V,) embedding rows of non-null values; value v belongs to row #(ends <= v), or v."""
-        if is_string(leaf.type):
-            if not pa.types.is_dictionary(leaf.type):
-                leaf = leaf.dictionary_encode()
-            distinct = canonical(leaf.dictionary)
-            codes = leaf.indices.to_numpy()
-            ids: Ints = self._known(distinct, feature)[codes]
-            return ids
-        if feature.encoding != "identity":
-            return self._known(leaf, feature)
-        values: npt.NDArray[np.integer] = leaf.to_numpy(zero_copy_only=False)
-        bad = (values < 0) | (values >= feature.num_embeddings)
-        if bad.any():
-            at = int(np.flatnonzero(bad)[0])
-            row = at if ends is None else int(np.searchsorted(ends, at, side="right"))
-            raise DataError(
-                f"{where}, row {row}: column '{feature.column}' is {values[at]}, outside "
-                f"[0, {feature.num_embeddings}) of encoding 'identity'"
-            )
-        return values.astype(np.int64)
-
-    def _known(self, values: pa.Array, feature: SparseFeature) -> Ints:
-        """(V,) embedding rows by hash or vocabulary."""
-        if feature.encoding == "vocabulary":
-            vocabulary = self._vocabularies[feature.key]
-            values = canonical(values)
-            if values.type != vocabulary.type:
-                # An empty vocabulary, or strings where the training split had integers: all unknown.
-                return np.zeros(len(values), dtype=np.int64)
-            known: npt.NDArray[np.int32] = pc.index_in(values, value_set=vocabulary).fill_null(-1).to_numpy()
-            return known.astype(np.int64) + 1
-        return (hash64(values) % np.uint64(feature.num_embeddings)).view(np.int64)
+    @functools.cached_property
+    def hash_V(self) -> npt.NDArray[np.uint64]:
+        return hash64(self.leaf)
 
 
-def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
-    """(V,) 64-bit hash that no version, platform or process changes.
-
-    Integers: the finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection. Strings:
-    SipHash-2-4 of the UTF-8 bytes under pandas' fixed default key, through the same finaliser.
-    """
-    if is_string(values.type):
-        hashes: npt.NDArray[np.uint64] = pd.util.hash_array(np.asarray(values, dtype=object), categorize=False)
-        return hashes
-    if not pa.types.is_uint64(values.type):
-        values = values.cast(pa.int64())
-    z: npt.NDArray[np.uint64] = values.to_numpy(zero_copy_only=False).view(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
+def _by_distinct(leaf: pa.Array) -> pa.Array:
+    """Strings dictionary-encoded: each distinct one is looked at once."""
+    return leaf.dictionary_encode() if is_text(leaf.type) else leaf
 
 
-def _buckets(array: pa.Array, feature: SparseFeature, where: str) -> Ints:
-    x: npt.NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    nan = np.isnan(x)
-    if nan.sum() > array.null_count:
-        valid = array.is_valid().to_numpy(zero_copy_only=False)
-        row = int(np.flatnonzero(nan & valid)[0])
-        raise DataError(f"{where}, row {row}: column '{feature.column}' is nan, which lies in no bucket")
-    bucket = np.searchsorted(np.asarray(feature.edges), x, side="right") + 1
-    bucket[nan] = 0
-    return bucket.astype(np.int64, copy=False)
-
-
-def _label(column: pa.ChunkedArray, name: str, where: str) -> Floats:
-    label = _numbers(column, name, where)
-    _refuse((label != 0) & (label != 1), label, f"'{name}'", "a label must be 0 or 1", where)
-    return label.astype(np.float32)
-
-
-def _weight(column: pa.ChunkedArray, name: str, where: str) -> Floats:
-    weight = _numbers(column, name, where).astype(np.float32)
-    # Not zero either: zero marks padding.
-    _refuse(~((weight > 0) & np.isfinite(weight)), weight, f"'{name}'", "a weight must be positive and finite", where)
-    return weight
-
-
-def _numbers(column: pa.ChunkedArray, name: str, where: str) -> npt.NDArray[np.generic]:
-    array = flat(column)
-    if array.null_count:
-        row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{where}, row {row}: column '{name}' is null")
-    numbers: npt.NDArray[np.generic] = array.to_numpy(zero_copy_only=False)
-    return numbers
-
-
-def _refuse(bad: npt.NDArray[np.bool_], values: npt.NDArray[np.generic], name: str, rule: str, where: str) -> None:
+def _identity(leaf: pa.Array, feature: SparseFeature, where: str, ends_N: Ints | None) -> Ints:
+    """(V,) the integers themselves."""
+    values: npt.NDArray[np.integer] = leaf.to_numpy(zero_copy_only=False)
+    bad = (values < 0) | (values >= feature.num_embeddings)
     if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        raise DataError(f"{where}, row {row}: column {name} is {values[row]}, {rule}")
+        at = int(np.flatnonzero(bad)[0])
+        raise DataError(
+            f"{where}, row {row_of(at, ends_N)}: column '{feature.column}' is {values[at]}, outside "
+            f"[0, {feature.num_embeddings}) of encoding 'identity'"
+        )
+    return values.astype(np.int64)
+
+
+def _vocabulary(feature: SparseFeature, statistics: Statistics) -> pa.Array:
+    """The values whose embedding rows are 1, 2, ..."""
+    if feature.key not in statistics.vocabularies:
+        raise DataError(f"statistics: no vocabulary of sparse feature '{feature.key}'; fit them with this config")
+    values = statistics.vocabularies[feature.key]
+    if len(values) > feature.num_embeddings - 1:
+        raise DataError(
+            f"statistics: the vocabulary of sparse feature '{feature.key}' has {len(values)} values, but its table of "
+            f"{feature.num_embeddings} rows holds {feature.num_embeddings - 1}; fit them with this config"
+        )
+    return pa.array(values)
+
+
+def _look_up(values: pa.Array, vocabulary: pa.Array, feature: SparseFeature, where: str) -> Ints:
+    """(V,) embedding rows of int64 or string values; 0 for what the vocabulary does not hold."""
+    if not len(vocabulary) or not len(values):
+        return np.zeros(len(values), dtype=np.int64)
+    if values.type != vocabulary.type:
+        raise DataError(
+            f"{where}: column '{feature.column}' has type {values.type}, but its values in training were of type "
+            f"{category(vocabulary.type)}"
+        )
+    known: npt.NDArray[np.int32] = pc.index_in(values, value_set=vocabulary).fill_null(-1).to_numpy()
+    return known.astype(np.int64) + 1

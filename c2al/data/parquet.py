@@ -6,23 +6,22 @@ of shuffled blocks; rank r of W owns shards [r L / W, (r + 1) L / W). A global b
 does not depend on W, and a position in the epoch is nothing but the step.
 """
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from c2al.config import DataConfig
+from c2al.data.background import in_background
 from c2al.data.batch import Batch, collate
-from c2al.data.encode import Encoder, Rows
-from c2al.data.schema import Statistics, check_columns
+from c2al.data.cohorts import CohortSpec
+from c2al.data.encode import Encoder
+from c2al.data.rows import Rows
+from c2al.data.schema import check_inputs
 from c2al.data.source import File, open_dataset
+from c2al.data.statistics import Statistics
 from c2al.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from c2al.data.cohorts import CohortSpec
+from c2al.text import redacted
 
 __all__ = ["BatchReader", "open_dataset"]
 
@@ -34,7 +33,7 @@ class BatchReader:
     """Iterable over one epoch's batches of one rank, read and encoded in background threads.
 
     Every rank sees `steps` batches of B = batch_size / world_size rows; rows missing in the last
-    ones are padding. Memory is bounded by the shuffle buffer, twice, plus a row group a shard.
+    ones are padding. Memory is bounded by the shuffle buffer, twice, plus one row group per shard.
     Leaving the iteration early stops the threads; an error in them is raised in the consumer.
 
     Args:
@@ -66,23 +65,14 @@ class BatchReader:
         shuffle: bool,
         shards: int,
         start_step: int = 0,
-        cohorts: "tuple[CohortSpec, CohortSpec] | None" = None,
+        cohorts: tuple[CohortSpec, CohortSpec] | None = None,
         carry: tuple[str, ...] = (),
     ):
-        if shards % world_size:
-            raise ConfigError(
-                f"data.shards: {shards} cannot be dealt to {world_size} ranks; "
-                f"set it to a multiple of the world size, e.g. {world_size * -(-shards // world_size)}"
-            )
-        if batch_size % shards:
-            raise ConfigError(
-                f"train.batch_size: {batch_size} is not a multiple of {shards} shards; "
-                f"set it to e.g. {shards * -(-batch_size // shards)}"
-            )
+        _check_sizes(batch_size, shards, world_size)
         self._data = data
         self._encoder = Encoder(data, statistics, cohorts, carry)
         files = open_dataset(paths)
-        check_columns(files, data, self._encoder.carried_columns)
+        check_inputs(files, data, self._encoder.carried_columns, statistics.kinds)
 
         self._order = _Order(files, shards, batch_size, data.shuffle_rows, (seed, epoch) if shuffle else None)
         self.rows = self._order.rows
@@ -90,7 +80,8 @@ class BatchReader:
         self.steps = self._order.steps
         """Steps of the epoch, the same on every rank, whatever start_step is."""
         if not 0 <= start_step <= self.steps:
-            raise DataError(f"{', '.join(paths)}: step {start_step} is not within the epoch's {self.steps} steps")
+            shown = ", ".join(map(redacted, paths))
+            raise DataError(f"{shown}: step {start_step} is not within the epoch's {self.steps} steps")
         self._start_step = start_step
         own = shards // world_size
         self._shards = range(rank * own, (rank + 1) * own)
@@ -100,59 +91,46 @@ class BatchReader:
         return self.steps - self._start_step
 
     def __iter__(self) -> Iterator[Batch]:
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self._data.prefetch)
-        stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(ready, stop), name="c2al-reader", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
+        return in_background(self._batches(), self._data.prefetch)
 
-    def _produce(self, ready: "queue.Queue[Batch | BaseException | None]", stop: threading.Event) -> None:
-        def put(item: Batch | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        try:
-            for batch in self._batches():
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as e:
-            put(e)
-
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch]:
         """Batches from start_step on, decoding one block ahead."""
         keys = [f.key for f in self._data.sparse]
         order = self._order
         sources = [_Shard(order, self._encoder, s) for s in self._shards]
+        first_block = self._start_step // order.steps_per_block
         with ThreadPoolExecutor(self._data.workers, thread_name_prefix="c2al-decode") as pool:
 
             def request(block: int) -> list[Future[Rows]]:
                 return [pool.submit(s.block, block) for s in sources] if block < order.blocks else []
 
-            ahead = request(self._start_step // order.steps_a_block)
+            ahead = request(first_block)
             try:
-                for block in range(self._start_step // order.steps_a_block, order.blocks):
+                for block in range(first_block, order.blocks):
                     parts = [future.result() for future in ahead]
                     ahead = request(block + 1)
-                    begin = block * order.steps_a_block
-                    for step in range(max(begin, self._start_step), min(begin + order.steps_a_block, order.steps)):
-                        a = (step - begin) * order.rows_a_step
-                        pieces = [p.slice(min(a, len(p)), min(a + order.rows_a_step, len(p))) for p in parts]
-                        yield collate(pieces, keys, self._size, order.real_rows(step))
+                    for step, (a, b) in order.steps_of(block):
+                        if step >= self._start_step:
+                            pieces = [p.slice(min(a, len(p)), min(b, len(p))) for p in parts]
+                            yield collate(pieces, keys, self._size, order.real_rows(step))
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _check_sizes(batch_size: int, shards: int, world_size: int) -> None:
+    """Raises ConfigError unless every rank gets as many shards, and every shard as many rows of a batch."""
+    if shards % world_size:
+        raise ConfigError(
+            f"data.shards: {shards} cannot be dealt to {world_size} ranks; "
+            f"set it to a multiple of the world size, e.g. {world_size * -(-shards // world_size)}"
+        )
+    if batch_size < 1:
+        raise ConfigError(f"train.batch_size: must be at least 1, is {batch_size}")
+    if batch_size % shards:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is not a multiple of {shards} shards; "
+            f"set it to e.g. {shards * -(-batch_size // shards)}"
+        )
 
 
 class _Order:
@@ -172,17 +150,24 @@ class _Order:
         self.rows = int(self.ends[-1])
         self.bounds = np.array([s * self.rows // shards for s in range(shards + 1)])
         """Where the shards begin and end in it."""
-        self.rows_a_step = batch_size // shards
+        self.rows_per_step = batch_size // shards
         """Rows a shard deals to a step."""
-        self.steps = -(-int(np.diff(self.bounds).max()) // self.rows_a_step)
+        self.steps = -(-int(np.diff(self.bounds).max()) // self.rows_per_step)
         buffer = shuffle_rows if self.key else UNSHUFFLED_ROWS
-        self.steps_a_block = max(1, buffer // shards // self.rows_a_step)
-        self.blocks = -(-self.steps // self.steps_a_block)
+        self.steps_per_block = max(1, buffer // shards // self.rows_per_step)
+        self.blocks = -(-self.steps // self.steps_per_block)
+
+    def steps_of(self, block: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Every step of a block, with the rows [a, b) of each shard's block that it takes."""
+        begin = block * self.steps_per_block
+        for step in range(begin, min(begin + self.steps_per_block, self.steps)):
+            a = (step - begin) * self.rows_per_step
+            yield step, (a, a + self.rows_per_step)
 
     def real_rows(self, step: int) -> int:
         """Rows of the global batch of `step`, over all shards and ranks."""
-        left = np.diff(self.bounds) - step * self.rows_a_step
-        return int(np.clip(left, 0, self.rows_a_step).sum())
+        left = np.diff(self.bounds) - step * self.rows_per_step
+        return int(np.clip(left, 0, self.rows_per_step).sum())
 
 
 class _Shard:
@@ -197,7 +182,7 @@ class _Shard:
     def block(self, block: int) -> Rows:
         """Rows of the block, permuted if the order is. Past the shard's end: no rows."""
         order = self._order
-        size = order.steps_a_block * order.rows_a_step
+        size = order.steps_per_block * order.rows_per_step
         end = int(order.bounds[self._shard + 1])
         start = min(int(order.bounds[self._shard]) + block * size, end)
         rows = self._rows(start, min(start + size, end))

@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from c2al.data.arrow_types import is_text, leaf, readable
+from c2al.data.paths import Found, find
 from c2al.errors import DataError
+from c2al.text import redacted
 
 FOOTER_THREADS = 8
 """Footers read at a time: an object store answers in tens of milliseconds, so waiting overlaps."""
@@ -21,25 +23,46 @@ class File:
     """One Parquet file whose footer was readable."""
 
     name: str
-    """Path or URI, as messages show it."""
+    """Path or URI without secrets, as messages show it."""
     filesystem: pafs.FileSystem
     path: str
     schema: pa.Schema
+    """Columns with the types they are read with (see `c2al.data.arrow_types.readable`). Hive partition
+    keys of the path come last, as int64 or string, unless the file has a column of that name itself."""
     row_group_rows: tuple[int, ...]
+    partition: Mapping[str, int | str | None] = dataclasses.field(default_factory=dict)
+    """Values of the partition keys that are columns."""
 
     def read(self, row_group: int, columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:
         """One row group's `columns`; strings among those in `dictionary` come dictionary-encoded.
 
-        Raises DataError naming file and row group if the pages cannot be decoded. The footer is
-        parsed again on each call: kept footers would grow with the data set.
+        Raises DataError naming file and row group if the pages cannot be decoded, and the column if its
+        text is not UTF-8. The footer is parsed again on each call: kept footers would grow with the
+        data set.
         """
+        stored = [c for c in columns if c not in self.partition]
         encoded = [c for c in dictionary if self.schema.field(c).type in (pa.string(), pa.large_string())]
         try:
             with self.filesystem.open_input_file(self.path) as handle:
                 reader = pq.ParquetFile(handle, read_dictionary=encoded, pre_buffer=True)
-                return reader.read_row_group(row_group, columns=list(columns), use_threads=False).select(list(columns))
+                table = reader.read_row_group(row_group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as e:
-            raise DataError(f"{self.where(row_group)}: cannot be decoded: {e}") from e
+            raise DataError(f"{self.where(row_group)}: cannot be decoded: {redacted(str(e))}") from e
+        return pa.table({c: self._column(table, c, row_group) for c in columns})
+
+    def _column(self, table: pa.Table, column: str, row_group: int) -> pa.ChunkedArray:
+        if column in self.partition:
+            value = pa.scalar(self.partition[column], self.schema.field(column).type)
+            return pa.chunked_array([pa.repeat(value, self.row_group_rows[row_group])])
+        values = table[column]
+        try:
+            if is_text(leaf(values.type)):
+                # Parquet's reader takes any bytes for text. Unchecked, they fail deep inside a job.
+                values.validate(full=True)
+            kind = readable(values.type)
+            return values if kind == values.type else values.cast(kind)
+        except pa.ArrowException as e:
+            raise DataError(f"{self.where(row_group)}: column '{column}' cannot be decoded: {e}") from e
 
     def where(self, row_group: int) -> str:
         """How messages name a row group."""
@@ -49,76 +72,55 @@ class File:
 def open_dataset(paths: Iterable[str]) -> tuple[File, ...]:
     """The Parquet files of `paths`, sorted by name, each with a readable footer.
 
-    A path is a file, a folder (searched recursively; names starting with "_" or "." are not
-    data) or a pattern with "*", local or a URI of any pyarrow filesystem. A file reached twice
-    counts once.
+    A path is a file, a folder or a pattern, local or a URI; `c2al.data.paths.find` says what each
+    means. Folders named key=value on the way to a file make `key` a column of it.
 
-    Raises DataError naming the path that does not exist or matches nothing, the file that is
-    not whole Parquet, or all paths if they hold no rows.
+    Raises DataError naming the path that does not exist or matches nothing, the file that is not whole
+    Parquet, or all paths if they hold no rows.
     """
     paths = list(paths)
     if not paths:
         raise DataError("data set: no path is configured")
-    found = {name: (fs, path) for p in paths for name, fs, path in _expand(p)}
+    found = find(paths)
+    kinds = _partition_kinds(found)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        files = tuple(pool.map(lambda name: _open(name, *found[name]), sorted(found)))
+        files = tuple(pool.map(lambda f: _open(f, kinds), found))
     if not any(sum(f.row_group_rows) for f in files):
-        raise DataError(f"{', '.join(map(_shown, paths))}: {len(files)} Parquet file(s) hold 0 rows")
+        raise DataError(f"{', '.join(map(redacted, paths))}: {len(files)} Parquet file(s) hold 0 rows")
     return files
 
 
-def _expand(path: str) -> list[tuple[str, pafs.FileSystem, str]]:
-    """(shown name, filesystem, path in it) of every data file under one path."""
+def _partition_kinds(found: Sequence[Found]) -> dict[str, pa.DataType]:
+    """Type of every partition key: int64 where each of its values in the data set is an integer, else string."""
+    values: dict[str, set[str]] = {}
+    for file in found:
+        for key, value in file.partition().items():
+            values.setdefault(key, set()).update([] if value is None else [value])
+    return {
+        key: pa.int64() if all(re.fullmatch(r"-?[0-9]{1,18}", v) for v in known) else pa.string()
+        for key, known in values.items()
+    }
+
+
+def _open(found: Found, kinds: Mapping[str, pa.DataType]) -> File:
     try:
-        if "://" in path:
-            fs, inner = pafs.FileSystem.from_uri(path)
-        else:
-            fs, inner = pafs.LocalFileSystem(), str(Path(path))
-        if "*" in inner:
-            parts = PurePosixPath(inner).parts
-            fixed = next(i for i, part in enumerate(parts) if "*" in part)
-            base = str(PurePosixPath(*parts[:fixed])) if fixed else "."
-            listed = fs.get_file_info(pafs.FileSelector(base, recursive=len(parts) > fixed + 1))
-            names = [
-                str(PurePosixPath(info.path))
-                for info in listed
-                if info.is_file
-                and len(PurePosixPath(info.path).parts) == len(parts)
-                and PurePosixPath(info.path).match(inner)
-            ]
-        else:
-            info = fs.get_file_info(inner)
-            if info.type == pafs.FileType.NotFound:
-                raise DataError(f"{_shown(path)}: no such file or folder")
-            if info.is_file:
-                names = [inner]
-            else:
-                depth = len(PurePosixPath(inner).parts)
-                names = [
-                    child.path
-                    for child in fs.get_file_info(pafs.FileSelector(inner, recursive=True))
-                    if child.is_file
-                    and child.path.endswith(".parquet")
-                    and not any(part[0] in "_." for part in PurePosixPath(child.path).parts[depth:])
-                ]
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{_shown(path)}: cannot be listed: {e}") from e
-    if not names:
-        raise DataError(f"{_shown(path)}: no Parquet file there")
-    local = isinstance(fs, pafs.LocalFileSystem)
-    return [(name if local else f"{fs.type_name}://{name}", fs, name) for name in names]
-
-
-def _shown(path: str) -> str:
-    """The path without the credentials a URI may carry."""
-    return re.sub(r"://[^/@]*@", "://", path)
-
-
-def _open(name: str, fs: pafs.FileSystem, path: str) -> File:
-    try:
-        with fs.open_input_file(path) as handle:
+        with found.filesystem.open_input_file(found.path) as handle:
             reader = pq.ParquetFile(handle)
             rows = tuple(reader.metadata.row_group(i).num_rows for i in range(reader.num_row_groups))
-            return File(name=name, filesystem=fs, path=path, schema=reader.schema_arrow, row_group_rows=rows)
+            stored = reader.schema_arrow
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{name}: not a whole Parquet file: {e}") from e
+        raise DataError(f"{found.name}: not a whole Parquet file: {redacted(str(e))}") from e
+    fields = [field.with_type(readable(field.type)) for field in stored]
+    partition: dict[str, int | str | None] = {}
+    for key, value in found.partition().items():
+        if key not in stored.names:
+            partition[key] = int(value) if value is not None and kinds[key] == pa.int64() else value
+            fields.append(pa.field(key, kinds[key]))
+    return File(
+        name=found.name,
+        filesystem=found.filesystem,
+        path=found.path,
+        schema=pa.schema(fields),
+        row_group_rows=rows,
+        partition=partition,
+    )

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from c2al.data.encode import gather, offsets_of
 from c2al.data.ingest.splits import SplitWriter
+from c2al.data.rows import gather, offsets_of
 from c2al.errors import ConfigError
 from c2al.files import new_folder, write_atomically
 

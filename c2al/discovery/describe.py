@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from c2al.config import Axis, DiscoverConfig
-from c2al.data.cohorts import VERSION
+from c2al.data.cohorts import FORMAT, VERSION
 from c2al.discovery.accumulate import Accumulators, cohort_spec, parts
 from c2al.discovery.divergence import MEASURES, TINY
 from c2al.discovery.histogram import BINS, COUNT, LOW, NEGATIVE, POSITIVE, Counts, slot_edges
@@ -37,6 +37,7 @@ def describe(accumulators: Accumulators, config: DiscoverConfig) -> dict[str, An
     ]
     total = counts[0].fine_CS22[..., COUNT].sum((0, 1))
     return {
+        "format": FORMAT,
         "version": VERSION,
         "rows": int(total.sum()),
         "positives": int(total[POSITIVE]),

@@ -333,7 +333,7 @@ def _choose(model: nn.Module, config: Config, world: World) -> Plan:
             sharding_types=kinds,
             compute_kernels=sorted({_kernel(k) for k in kinds}),
             min_partition=(wanted.min_partition or None) if wanted else None,
-            pooling_factors=[float(features[table].max_length)] if table in features else [1.0],
+            pooling_factors=[float(max(1, features[table].max_length))] if table in features else [1.0],
         )
     cuda = world.device.type == "cuda"
     hbm = config.dist.hbm_gib * GIB

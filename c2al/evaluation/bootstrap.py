@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from c2al.data.hashing import mix64
 from c2al.ne import normalized_entropy
 
 Float = NDArray[np.float64]
@@ -34,12 +35,7 @@ _POISSON = np.array(
 """w = number of these thresholds (the Poisson(1) distribution function in 64 bits) that a hash reaches."""
 
 
-@njit(inline="always")
-def _mix(x):  # type: ignore[no-untyped-def]
-    """SplitMix64's finaliser (Steele et al., 2014): a bijection of 64 bits that passes BigCrush."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+_mix = njit(inline="always")(mix64)
 
 
 @njit(nogil=True)

@@ -40,7 +40,7 @@ def _of_axis(
     prediction_NJ: Float,
 ) -> UserSums:
     order = np.lexsort((segment_N, user_N))
-    user_N, segment_N, label_N, weight_N = (x[order] for x in (user_N, segment_N, label_N, weight_N))
+    user_N, segment_N, label_N, weight_N = user_N[order], segment_N[order], label_N[order], weight_N[order]
     first_N = np.ones(len(user_N), np.bool_)
     first_N[1:] = (user_N[1:] != user_N[:-1]) | (segment_N[1:] != segment_N[:-1])
     pair_N, pairs = first_N.cumsum() - 1, int(first_N.sum())

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from c2al.bins import logit_bins
 from c2al.config import DataConfig
-from c2al.data.encode import hash64
-from c2al.data.schema import is_string
+from c2al.data.arrow_types import decoded, is_text, plain
+from c2al.data.hashing import hash64
 from c2al.data.scores_folder import check_marker
 from c2al.data.source import File, open_dataset
 from c2al.errors import DataError
@@ -118,15 +118,19 @@ def _one_kind(scores: Scores, column: str) -> None:
     """Ids that are integers in one file and strings in another would be other ids."""
     first = scores.files[0]
     for file in scores.files[1:]:
-        if is_string(file.schema.field(column).type) != is_string(first.schema.field(column).type):
+        if _is_text(file.schema.field(column).type) != _is_text(first.schema.field(column).type):
             raise DataError(
                 f"{file.name}: column '{column}' is {file.schema.field(column).type}, "
                 f"but in {first.name} it is {first.schema.field(column).type}"
             )
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return is_text(decoded(kind))
+
+
 def _is_id(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind)) or is_string(kind)
+    return bool(pa.types.is_integer(kind)) or _is_text(kind)
 
 
 def check_unique(scores: Scores) -> None:
@@ -196,8 +200,7 @@ class Piece:
 
     def ids(self, name: str) -> NDArray[np.uint64]:
         """(N,) hash of integer or string values. Raises DataError at a null."""
-        values = self.column(name).combine_chunks()
-        return hash64(values.cast(pa.string()) if is_string(values.type) else values)
+        return hash64(self.column(name).combine_chunks())
 
     def at(self, rows: NDArray[np.int64]) -> str:
         """The first of these rows, as messages name it."""
@@ -249,24 +252,15 @@ def _block(pieces: Sequence[Piece], segment: Segmenter, items: str) -> Block:
 
 
 def row_groups(scores: Scores, columns: Sequence[str]) -> Iterator[Piece]:
-    """Each row group's `columns`, once each; strings are plain and valid UTF-8, or DataError says where not."""
+    """Each row group's `columns`, once each, strings without dictionaries. Raises what File.read raises."""
     names = list(dict.fromkeys(columns))
     for file in scores.files:
         for i in range(len(file.row_group_rows)):
             table = file.read(i, names)
             for k, name in enumerate(names):
-                if is_string(table.schema.field(name).type):
-                    table = table.set_column(k, name, _plain(table.column(name), name, file.where(i)))
+                if _is_text(table.schema.field(name).type):
+                    table = table.set_column(k, name, plain(table.column(name)))
             yield Piece(scores, file.where(i), 0, table)
-
-
-def _plain(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
-    try:
-        plain = column.cast(pa.string())
-        plain.validate(full=True)
-        return plain
-    except pa.ArrowInvalid as e:
-        raise DataError(f"{where}: column '{name}' is not valid UTF-8: {e}") from e
 
 
 def _aligned(streams: Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:

@@ -20,8 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from c2al.config import Config, load_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
-from c2al.data.schema import Statistics, check_columns, fit_statistics
+from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
+from c2al.data.statistics import Statistics, fit_statistics
 from c2al.distributed.process import World
 from c2al.errors import CohortError, ConfigError
 from c2al.files import write_atomically
@@ -65,7 +66,7 @@ def open_run(path: Path) -> Run:
     return Run(
         path=path,
         config=config,
-        statistics=Statistics.from_json((path / "statistics.json").read_text()),
+        statistics=Statistics.from_json((path / "statistics.json").read_bytes(), str(path / "statistics.json")),
         cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else None,
     )
 
@@ -84,7 +85,11 @@ def _start(path: Path, config: Config, cohorts: Path | None) -> Run:
     elif cohorts is not None:
         _refuse_empty_cohorts(cohorts, config)
     statistics = path / "statistics.json"
-    text = statistics.read_text() if statistics.exists() else fit_statistics(config.data.train, config.data).to_json()
+    text = (
+        statistics.read_text(encoding="utf-8")
+        if statistics.exists()
+        else fit_statistics(config.data.train, config.data).to_json()
+    )
     write_atomically(statistics, text)
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_text())

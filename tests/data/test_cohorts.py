@@ -88,7 +88,13 @@ def document(**changes):
     ]
     axis = {"name": "tab", "columns": ["tab"], "cohorts": cohorts}
     head, tail = ({"axis": "tab", "name": c["name"], "conditions": c["conditions"]} for c in cohorts)
-    return {"version": 1, "chosen": {"head": head, "tail": tail, "reason": "r"}, "axes": [axis], **changes}
+    return {
+        "format": "c2al.cohorts",
+        "version": 2,
+        "chosen": {"head": head, "tail": tail, "reason": "r"},
+        "axes": [axis],
+        **changes,
+    }
 
 
 def written(tmp_path, tree):
@@ -121,10 +127,10 @@ def with_cohorts(*conditions):
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ("{", "not a readable"),
-        (document(version=2), "version is 2"),
-        ([], "version is None"),
-        ({"version": 1}, "chosen"),
+        ("{", "not strict JSON"),
+        (document(version=1), "version 1; this c2al reads"),
+        ([], "holds no JSON object"),
+        ({"format": "c2al.cohorts", "version": 2}, "chosen"),
         (with_cohorts([{"column": "tab", "equals": None}]), "not a condition"),
         (with_cohorts([{"column": "tab", "equals": 1.5}]), "not a condition"),
         (with_cohorts([{"column": "tab", "lower": "0", "upper": 1}]), "not a condition"),

@@ -10,7 +10,7 @@ import pytest
 from c2al.config import load_config
 from c2al.data.ingest import kuairand
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import fit_statistics
+from c2al.data.statistics import fit_statistics
 from c2al.errors import DataError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "kuairand_pure"

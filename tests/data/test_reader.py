@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
-from c2al.data.encode import Encoder, Rows
+from c2al.data.encode import Encoder
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import Statistics
+from c2al.data.rows import Rows
+from c2al.data.statistics import Statistics
 from c2al.errors import ConfigError, DataError
 
 NO_STATISTICS = Statistics(moments={}, vocabularies={})

@@ -14,7 +14,7 @@ import pytest
 from c2al import __main__ as command_line
 from c2al.config import load_config
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import fit_statistics
+from c2al.data.statistics import fit_statistics
 from c2al.data.synthetic import CHUNK_ROWS, SynthConfig, synthesise
 from c2al.errors import ConfigError, OutputError
 

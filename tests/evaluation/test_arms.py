@@ -13,7 +13,7 @@ import pytest
 
 from c2al.bins import BINS, bin_predictions, logit_bins
 from c2al.config import Axis, EvaluateConfig, dump_config, parse_config
-from c2al.data.encode import hash64
+from c2al.data.hashing import hash64
 from c2al.errors import ConfigError, DataError, OutputError
 from c2al.evaluation import evaluate as library
 from c2al.evaluation.bootstrap import poisson_weights, resample_pairs

@@ -188,7 +188,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path):
     refused(
         write(tmp_path / "s", data, predictions(data, 0)),
         tmp_path,
-        "row group 0: column 'tab' is not valid UTF-8",
+        "row group 0: column 'tab' .*UTF-?8",
         AXIS,
     )
 

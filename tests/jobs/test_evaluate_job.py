@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_config, parse_config
-from c2al.data.encode import hash64
+from c2al.data.hashing import hash64
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.evaluation.bootstrap import poisson_weights
 from c2al.evaluation.evaluate import evaluate as evaluate_arms
@@ -180,7 +180,8 @@ def cohorts_json(path: Path, chosen: bool = True) -> Path:
     cohorts = [{"name": v, "conditions": [{"column": "tab", "equals": v}]} for v in ("a", "b", "never")]
     pair = {"head": {"axis": "surface", **cohorts[0]}, "tail": {"axis": "surface", **cohorts[1]}}
     tree = {
-        "version": 1,
+        "format": "c2al.cohorts",
+        "version": 2,
         "chosen": {**(pair if chosen else {"head": None, "tail": None}), "reason": "test"},
         "axes": [{"name": "surface", "columns": ["tab"], "cohorts": cohorts}],
     }

@@ -10,7 +10,7 @@ import torch
 
 from c2al.config import replace
 from c2al.data.parquet import BatchReader
-from c2al.data.schema import Statistics
+from c2al.data.statistics import Statistics
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import ConfigError
 from c2al.serving.export import export

@@ -80,7 +80,8 @@ def cohorts_json() -> dict[str, Any]:
     tabs = [cohort(n, "tab", r) for n, r in (("feed", 5000), ("search", 3000), (HOSTILE, 400), ("never", 10))]
     degrees = [cohort(n, "degree", r) for n, r in (("full", 6000), ("low", 2000))]
     return {
-        "version": 1,
+        "format": "c2al.cohorts",
+        "version": 2,
         "rule": {"measure": "js", "confidence": 0.95, "correction": "bonferroni", "tested_pairs": 7},
         "chosen": {
             "head": {"axis": "tab", **{k: tabs[0][k] for k in ("name", "conditions")}},

@@ -1,0 +1,119 @@
+"""The one 64-bit hash: ids of embedding rows, users of the bootstrap, groups of the jackknife.
+
+An id must get the same embedding row in training and in serving, years apart, so no version, platform
+or process changes the hash, and the tests hold values of it.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from c2al.data.arrow_types import is_integral, is_text
+
+KEY = b"0123456789123456"
+"""SipHash's key. It is public: the hash spreads ids, it hides nothing."""
+_KEY_0, _KEY_1 = (np.uint64(int.from_bytes(KEY[i : i + 8], "little")) for i in (0, 8))
+
+
+def mix64(x: Any) -> Any:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014), a bijection of 64-bit words.
+
+    `x` is a uint64, or an array of them. The function is plain arithmetic, so numba compiles it too.
+    """
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def splitmix64(x: Any) -> Any:
+    """splitmix64's step and finaliser, a bijection of 64-bit words; `x` as in `mix64`."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
+    """(V,) 64-bit hash of integers, bools or strings without nulls, dictionary-encoded or not.
+
+    Integers and bools: `splitmix64` of the value's 64 bits; equal integers of any two types that hold
+    them hash alike. Strings: SipHash-2-4 (Aumasson and Bernstein 2012) of the UTF-8 bytes under `KEY`,
+    through `mix64`. (This is pandas.util.hash_array of the strings, bit for bit.)
+    """
+    if pa.types.is_dictionary(values.type):
+        of_entry = hash64(values.dictionary)
+        return np.asarray(of_entry[values.indices.to_numpy(zero_copy_only=False)])
+    out = np.empty(len(values), np.uint64)
+    if is_text(values.type):
+        text = values.cast(pa.large_binary())
+        _, offsets, data = text.buffers()
+        offset_V = np.frombuffer(offsets or b"\0" * 8, np.int64)[text.offset :][: len(text) + 1]
+        _hash_strings(np.frombuffer(data or b"", np.uint8), offset_V, out)
+        return out
+    if not is_integral(values.type):
+        raise TypeError(f"{values.type} has no hash")
+    bits = values if pa.types.is_uint64(values.type) else values.cast(pa.int64())
+    _hash_words(bits.to_numpy(zero_copy_only=False).view(np.uint64), out)
+    return out
+
+
+def _compiled(function: Any) -> Any:
+    """`function` compiled by numba; kept on disk where there is a place to write it."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # An install that cannot be written, and no home folder.
+        return numba.njit(nogil=True)(function)
+
+
+_splitmix64 = _compiled(splitmix64)
+_mix64 = _compiled(mix64)
+
+
+@_compiled
+def _hash_words(word_V, out):  # type: ignore[no-untyped-def]
+    for i in range(len(word_V)):
+        out[i] = _splitmix64(word_V[i])
+
+
+@_compiled
+def _rotate(x, bits):  # type: ignore[no-untyped-def]
+    return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
+
+
+@_compiled
+def _round(a, b, c, d):  # type: ignore[no-untyped-def]
+    """One SipRound of the paper's Figure 2.1, on v0, v1, v2, v3."""
+    a, c = a + b, c + d
+    b, d = _rotate(b, 13) ^ a, _rotate(d, 16) ^ c
+    a = _rotate(a, 32)
+    c, a = c + b, a + d
+    b, d = _rotate(b, 17) ^ c, _rotate(d, 21) ^ a
+    return a, b, _rotate(c, 32), d
+
+
+@_compiled
+def _hash_strings(data, offset_V, out):  # type: ignore[no-untyped-def]
+    """SipHash-2-4 of data[offset_V[i]:offset_V[i + 1]], then the finaliser."""
+    for i in range(len(out)):
+        start, stop = offset_V[i], offset_V[i + 1]
+        a, b = _KEY_0 ^ np.uint64(0x736F6D6570736575), _KEY_1 ^ np.uint64(0x646F72616E646F6D)
+        c, d = _KEY_0 ^ np.uint64(0x6C7967656E657261), _KEY_1 ^ np.uint64(0x7465646279746573)
+        whole = (stop - start) // 8
+        for w in range(whole + 1):
+            # Words are little-endian; the last one holds the rest and, on top, the length modulo 256.
+            begin = start + 8 * w
+            count = 8 if w < whole else stop - begin
+            word = np.uint64(0) if w < whole else np.uint64((stop - start) & 255) << np.uint64(56)
+            for j in range(count):
+                word |= np.uint64(data[begin + j]) << np.uint64(8 * j)
+            d ^= word
+            a, b, c, d = _round(a, b, c, d)
+            a, b, c, d = _round(a, b, c, d)
+            a ^= word
+        c ^= np.uint64(0xFF)
+        for _ in range(4):
+            a, b, c, d = _round(a, b, c, d)
+        out[i] = _mix64(a ^ b ^ c ^ d)

@@ -1,0 +1,112 @@
+"""Encoded rows: what the encoder makes of a row group and what a batch is put together from.
+
+Letters: N rows, F dense features, V values of a sparse feature over the rows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Jagged:
+    """Embedding rows of one sparse feature: row i of N owns values_V[offsets[i]:offsets[i + 1]]."""
+
+    values_V: Ints
+    offsets: Ints | None
+    """(N + 1,), from 0; None where every row has exactly one value, as most features do."""
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(N,) values of each row."""
+        if self.offsets is None:
+            return np.ones(len(self.values_V), dtype=np.int32)
+        return np.diff(self.offsets).astype(np.int32)
+
+    def slice(self, start: int, stop: int) -> "Jagged":
+        if self.offsets is None:
+            return Jagged(self.values_V[start:stop], None)
+        offsets = self.offsets[start : stop + 1]
+        return Jagged(self.values_V[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def take(self, index_N: Ints) -> "Jagged":
+        if self.offsets is None:
+            return Jagged(self.values_V[index_N], None)
+        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1])
+
+    @staticmethod
+    def concat(parts: Sequence["Jagged"]) -> "Jagged":
+        values_V = np.concatenate([p.values_V for p in parts])
+        if all(p.offsets is None for p in parts):
+            return Jagged(values_V, None)
+        return Jagged(values_V, offsets_of(np.concatenate([p.lengths() for p in parts])))
+
+
+def gather(values: Ints, starts_N: Ints, stops_N: Ints) -> Jagged:
+    """Row i becomes values[starts_N[i]:stops_N[i]]."""
+    lengths = stops_N - starts_N
+    offsets = offsets_of(lengths)
+    return Jagged(values[np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+
+
+def offsets_of(lengths_N: npt.NDArray[np.integer]) -> Ints:
+    """(N + 1,) exclusive cumulative sum."""
+    offsets = np.zeros(len(lengths_N) + 1, dtype=np.int64)
+    np.cumsum(lengths_N, out=offsets[1:])
+    return offsets
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """N encoded rows, column by column."""
+
+    dense_NF: Floats
+    sparse: tuple[Jagged, ...]
+    """One per sparse feature, in config order."""
+    label_N: Floats
+    weight_N: Floats
+    member_N2: Floats
+    carried: pa.Table | None
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def slice(self, start: int, stop: int) -> "Rows":
+        return Rows(
+            self.dense_NF[start:stop],
+            tuple(j.slice(start, stop) for j in self.sparse),
+            self.label_N[start:stop],
+            self.weight_N[start:stop],
+            self.member_N2[start:stop],
+            None if self.carried is None else self.carried.slice(start, stop - start),
+        )
+
+    def take(self, index_N: Ints) -> "Rows":
+        return Rows(
+            self.dense_NF[index_N],
+            tuple(j.take(index_N) for j in self.sparse),
+            self.label_N[index_N],
+            self.weight_N[index_N],
+            self.member_N2[index_N],
+            None if self.carried is None else self.carried.take(pa.array(index_N)),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence["Rows"]) -> "Rows":
+        """All rows of one or more parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        tables = [p.carried for p in parts if p.carried is not None]
+        return Rows(
+            np.concatenate([p.dense_NF for p in parts]),
+            tuple(Jagged.concat(js) for js in zip(*(p.sparse for p in parts), strict=True)),
+            np.concatenate([p.label_N for p in parts]),
+            np.concatenate([p.weight_N for p in parts]),
+            np.concatenate([p.member_N2 for p in parts]),
+            pa.concat_tables(tables) if tables else None,
+        )
