@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 Category = Literal["integer", "text"]
 """What the values of a sparse column are. Equal ids of different categories have different hashes."""
@@ -91,8 +92,24 @@ def readable(kind: pa.DataType) -> pa.DataType:
 
 def plain(array: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     """The array with its `readable` type, dictionaries decoded too."""
-    kind = readable(decoded(array.type))
-    return array if array.type == kind else array.cast(kind)
+    return converted(array, readable(decoded(array.type)))
+
+
+def converted(array: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    """The array as its `readable` type `kind`."""
+    if array.type == kind:
+        return array
+    if isinstance(array, pa.ChunkedArray):
+        return pa.chunked_array([converted(chunk, kind) for chunk in array.chunks], kind)
+    if pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type):
+        # pyarrow 26's own cast of a list_view makes an offsets buffer that is too short.
+        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+        bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        large = pa.types.is_large_list(kind)
+        offsets = pa.array(bounds, pa.int64() if large else pa.int32())
+        of = pa.LargeListArray if large else pa.ListArray
+        return of.from_arrays(offsets, converted(array.flatten(), kind.value_type), mask=array.is_null())
+    return array.cast(kind)
 
 
 def float64(array: pa.Array) -> npt.NDArray[np.float64]:

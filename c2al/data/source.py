@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from c2al.data.arrow_types import is_text, leaf, readable
+from c2al.data.arrow_types import converted, is_text, leaf, readable
 from c2al.data.paths import Found, find
 from c2al.errors import DataError
 from c2al.text import redacted
@@ -41,7 +41,9 @@ class File:
         data set.
         """
         stored = [c for c in columns if c not in self.partition]
-        encoded = [c for c in dictionary if self.schema.field(c).type in (pa.string(), pa.large_string())]
+        encoded = [
+            c for c in dictionary if c in stored and self.schema.field(c).type in (pa.string(), pa.large_string())
+        ]
         try:
             with self.filesystem.open_input_file(self.path) as handle:
                 reader = pq.ParquetFile(handle, read_dictionary=encoded, pre_buffer=True)
@@ -59,8 +61,7 @@ class File:
             if is_text(leaf(values.type)):
                 # Parquet's reader takes any bytes for text. Unchecked, they fail deep inside a job.
                 values.validate(full=True)
-            kind = readable(values.type)
-            return values if kind == values.type else values.cast(kind)
+            return converted(values, readable(values.type))
         except pa.ArrowException as e:
             raise DataError(f"{self.where(row_group)}: column '{column}' cannot be decoded: {e}") from e
 

@@ -26,4 +26,6 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         rows = modules[args.dataset].ingest(args.input, args.output)
     for split, count in rows.items():
         print(f"{split:<12}{count:>13,} rows")
+    for split in [split for split, count in rows.items() if not count]:
+        print(f"{args.input} holds no row of the split {split}: no job can use that split")
     print(f"wrote {args.output}")

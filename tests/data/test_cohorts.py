@@ -145,3 +145,57 @@ def test_a_broken_file_is_named_with_its_fault(tmp_path, tree, words):
     with pytest.raises(CohortError, match=words) as caught:
         read_cohorts(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(document()).replace('"equals": 1', '"equals": ' + "9" * 400),
+        json.dumps(document()).replace('"equals": 1', '"lower": 1e999, "upper": null'),
+        json.dumps(document()).replace('"equals": 1', '"lower": NaN, "upper": 1'),
+        json.dumps(document()).replace('"equals": 1', '"lower": 2, "upper": 1'),
+        json.dumps(document()).replace('"equals": 1', '"equals": ' + "[" * 100_000),
+        json.dumps(document()).replace('"equals": 1', '"equals": {"a": 1}'),
+        json.dumps(document()).replace('"name": "tab"', '"name": 7'),
+        json.dumps(document(chosen=[])),
+        json.dumps(document(axes={})),
+        json.dumps(document(axes=[7])),
+        json.dumps(document(version=True)),
+        json.dumps(document(format="other")),
+        json.dumps(document(chosen={"head": None, "tail": None, "reason": None})),
+        json.dumps(document(axes=document()["axes"] * 2)),
+        '{"format": "c2al.cohorts", "format": "c2al.cohorts", "version": 2}',
+    ],
+)
+def test_damaged_or_foreign_files_are_refused_by_name(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(CohortError) as caught:
+        read_cohorts(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_bytes_that_are_not_utf_8_are_refused_by_name(tmp_path):
+    path = tmp_path / "cohorts.json"
+    path.write_bytes(b'{"format": "\xff"}')
+    with pytest.raises(CohortError, match="not UTF-8"):
+        read_cohorts(path)
+
+
+def test_integers_of_any_width_meet_categories_and_cuts_of_any_size():
+    narrow = pa.table({"c": pa.array([1, None, 127], pa.int8())})
+    wide = pa.table({"c": pa.array([2**64 - 1, None, 7], pa.uint64())})
+    nanoseconds = pa.table({"c": pa.array([2**62 + 1, None, 5])})
+    assert spec(Condition(column="c", equals=300)).membership(narrow).tolist() == [False] * 3
+    assert spec(Condition(column="c", equals=-1)).membership(wide).tolist() == [False] * 3
+    assert spec(Condition(column="c", equals=7)).membership(wide).tolist() == [False, False, True]
+    for table in (wide, nanoseconds):
+        assert spec(Condition(column="c", lower=2.0**61)).membership(table).tolist() == [True, False, False]
+
+
+def test_string_view_is_text():
+    table = pa.table({"c": pa.array(["a", None, "b"], pa.string_view())})
+    assert spec(Condition(column="c", equals="b")).membership(table).tolist() == [False, False, True]
+
+
+def test_a_float_beyond_float32_lies_in_the_last_interval():
+    assert spec(Condition(column="c", lower=1.0)).membership(pa.table({"c": [1e300, 0.0]})).tolist() == [True, False]

@@ -13,9 +13,18 @@ from c2al.data.encode import Encoder
 from c2al.data.hashing import hash64
 from c2al.data.parquet import BatchReader
 from c2al.data.statistics import Moments, Statistics, fit_statistics
+from c2al.data.values import leaves
 from c2al.errors import DataError
 
 MASK = (1 << 64) - 1
+GOLDEN_INTEGERS = [  # of the values in the test
+    16294208416658607535,
+    10451216379200822465,
+    16490336266968443936,
+    3055647633038352039,
+    5196802822362493915,
+]
+GOLDEN_TEXTS = [1760245841805064774, 13950350942979735504, 9627328444727260652, 18342499151149537057]
 
 
 def splitmix64(x):
@@ -323,3 +332,124 @@ def test_statistics_of_another_config_are_refused(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             BatchReader((str(tmp_path),), data, Statistics(moments={}, vocabularies={}), **options)
+
+
+def test_the_hash_never_changes():
+    """Golden values: a run trained with another version must find its embedding rows."""
+    values = [0, 1, -1, 2**63 - 1, -(2**63)]
+    assert hash64(pa.array(values)).tolist() == GOLDEN_INTEGERS
+    assert hash64(pa.array(["", "a", "user-12345", "zürich"])).tolist() == GOLDEN_TEXTS
+
+
+@pytest.mark.parametrize("length", range(18))
+def test_text_of_every_length_hashes_by_siphash_in_every_layout(length):
+    text = pa.array(["-", "äbcdefghijklmnopqr"[:length], "x"]).slice(1, 1)
+    for column in (text, text.cast(pa.large_string()), text.cast(pa.string_view()), text.dictionary_encode()):
+        assert hash64(column).tolist() == [string_hash(text[0].as_py())]
+
+
+def test_integers_beyond_2_53_are_exact_or_refused_by_row():
+    """Nanosecond times and unsigned ids: neither rounded silently nor a raw error of pyarrow."""
+    big = 2**53 + 1
+    buckets = SparseFeature(column="x", encoding="bucketise", edges=(float(2**53), float(2**53 + 2)))
+    for values in ([big - 1, big, big + 1], [big - 1, None, big + 1]):
+        expected = [[0] if v is None else [1 + sum(int(e) <= v for e in buckets.edges)] for v in values]
+        assert encode(pa.array(values), buckets) == expected
+    top = SparseFeature(column="x", encoding="bucketise", edges=(-1e30, 0.5, 1e30))
+    assert encode(pa.array([2**64 - 1, 0, None], pa.uint64()), top) == [[3], [2], [0]]
+    assert encode(pa.array([-(2**63), 1]), top) == [[2], [3]]
+
+    assert dense([2**62, None, 5], DenseFeature(column="x", transforms=(), null=0.0)) == [2.0**62, 0.0, 5.0]
+    assert dense(pa.array([2**64 - 1, None], pa.uint64()), DenseFeature(column="x", transforms=(), null=1.0)) == [
+        2.0**64,
+        1.0,
+    ]
+
+    ids = SparseFeature(column="x", encoding="vocabulary", num_embeddings=9, max_length=3)
+    for column, row in (
+        (pa.array([1, None, 2**63 + 5], pa.uint64()), 2),
+        (pa.array([[1, 2], None, [], [3, None, 2**63 + 5]], pa.list_(pa.uint64())), 3),
+    ):
+        message = rf"row group 0, row {row}: column 'x' is 9223372036854775813, beyond int64; encoding 'hash' takes"
+        with pytest.raises(DataError, match=message):
+            encode(column, ids, {"x": (1, 2)})
+        with pytest.raises(DataError, match=message):
+            leaves(pa.chunked_array([column]), "x", "f.parquet, row group 0")
+
+
+@pytest.mark.parametrize("value", [14.62, -0.1, 1e12, 1e-300])
+def test_a_constant_column_enters_as_0_whatever_it_holds_later(tmp_path, value):
+    """numpy's mean of equal values is off by a rounding error, so their deviation is not 0."""
+    data = DataConfig(dense=(DenseFeature(column="x"),))
+    values = np.full(101, value)
+    fitted = statistics_of(tmp_path, data, *(pa.table({"label": [0] * 101, "x": values}) for _ in range(2)))
+    assert fitted.moments["x"] == Moments(value, 0.0)
+    assert dense([value, value * 2, 7.0], DenseFeature(column="x"), {"x": (value, 0.0)}) == [0.0, 0.0, 0.0]
+
+
+def test_a_column_that_varies_in_its_last_bits_only_is_constant_and_a_narrow_one_is_not(tmp_path):
+    data = DataConfig(dense=(DenseFeature(column="x"), DenseFeature(column="y")))
+    table = pa.table({"label": [0] * 4, "x": [0.3, 0.1 + 0.2] * 2, "y": [1e6, 1e6 + 1e-6] * 2})
+    fitted = statistics_of(tmp_path, data, table)
+    assert fitted.moments["x"].std == 0.0
+    assert fitted.moments["y"].std == pytest.approx(5e-7, rel=1e-2)
+
+
+def test_features_of_one_column_share_its_hash():
+    column = pa.array(["a", None, "b", "a"])
+    data = DataConfig(
+        sparse=tuple(SparseFeature(column="s", name=f"s{n}", num_embeddings=n) for n in (7, 1000)),
+    )
+    table = pa.table({"label": pa.array([0] * 4, pa.int8()), "s": column})
+    rows = Encoder(data, Statistics(moments={}, vocabularies={}), None, ()).encode(table, "f")
+    for jagged, n in zip(rows.sparse, (7, 1000), strict=True):
+        assert jagged.values_V.tolist() == [string_hash(v) % n for v in ("a", "b", "a")]
+        assert jagged.lengths().tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("user_id", [1, None], r"row 1: column 'user_id' is null"),
+        ("row_id", [None, 1], r"row 0: column 'row_id' is null"),
+        ("row_id", pa.array([1, 2**63], pa.uint64()), r"row 1: column 'row_id' is 9223372036854775808, a row id must"),
+    ],
+)
+def test_ids_that_a_later_job_would_refuse_are_refused_when_read(column, values, message):
+    data = DataConfig(dense=(DenseFeature(column="x", transforms=()),))
+    table = pa.table({"label": [0, 1], "x": [1, 1], "row_id": [1, 2], "user_id": [1, 2]})
+    table = table.set_column(table.schema.get_field_index(column), column, pa.array(values))
+    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), None, ("row_id", "user_id"))
+    with pytest.raises(DataError, match=message):
+        encoder.encode(table, "f")
+
+
+def test_a_vocabulary_longer_than_its_table_is_refused():
+    feature = SparseFeature(column="s", encoding="vocabulary", num_embeddings=3)
+    with pytest.raises(DataError, match=r"the vocabulary of sparse feature 's' has 3 values, but its table of 3 rows"):
+        encode(pa.array(["a"]), feature, {"s": ("a", "b", "c")})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ('"mean": 0.1', '"mean": "0.1"'),
+        ('"std"', '"deviation"'),
+        (": 0.1", ": 1e999"),
+        ("-1", "true"),
+        ("-1", "1.5"),
+        ("4611686018427387904", "1" + "0" * 5000),
+        ('"kinds"', '"kind"'),
+        ('"text"', '"float"'),
+        ('"moments": {', '"moments": {"y": {"mean": 0, "std": -1},'),
+        ('"moments": {', '"moments": ' + "[" * 100_000),
+    ],
+)
+def test_damaged_statistics_are_refused_by_name(change):
+    statistics = Statistics(
+        moments={"x": Moments(0.1, 0.5)}, vocabularies={"i": (-1, 2**62), "s": ("a",)}, kinds={"s": "text"}
+    )
+    text = statistics.to_json()
+    assert change[0] in text
+    with pytest.raises(DataError, match=r"^stats\.json: "):
+        Statistics.from_json(text.replace(*change, 1), "stats.json")

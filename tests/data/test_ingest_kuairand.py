@@ -177,7 +177,7 @@ def test_equal_times_see_the_same_past():
 
 def test_other_label(tmp_path):
     kuairand.ingest(
-        write_csv(tmp_path / "in", PAST, [exposure(1, 10, 20220425, 0, click=1, like=0, long=1)]),
+        write_csv(tmp_path / "in", PAST, [exposure(1, 10, 20220425, 0, click=1, like=0, long=1), *WINDOW[5:]]),
         tmp_path / "o",
         "long_view",
     )
@@ -201,6 +201,18 @@ def test_malformed(tmp_path, line, message):
     with pytest.raises(DataError, match=message):
         kuairand.ingest(write_csv(tmp_path / "in", window=[line, *WINDOW[1:]]), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_archive_as_it_unpacks_is_found(tmp_path):
+    (tmp_path / "KuaiRand-Pure").mkdir()
+    write_csv(tmp_path / "KuaiRand-Pure" / "data")
+    assert sum(kuairand.ingest(tmp_path / "KuaiRand-Pure", tmp_path / "out").values()) == 9
+
+
+def test_a_set_without_training_days_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"in: leaves the split train without a row \(rows: train 0, validation 2, "):
+        kuairand.ingest(write_csv(tmp_path / "in", window=WINDOW[5:]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_files(tmp_path):

@@ -203,8 +203,23 @@ def test_avazu_malformed(tmp_path, line, message):
 def test_avazu_missing_column(tmp_path):
     write_avazu(tmp_path / "train.csv", [avazu_line(0, 14102100)])
     (tmp_path / "train.csv").write_text((tmp_path / "train.csv").read_text().replace("device_ip", "ip", 1))
-    with pytest.raises(DataError, match=r"train\.csv: no column .*device_ip"):
+    with pytest.raises(DataError, match=r"train\.csv: no column 'device_ip'; needed are click, hour"):
         avazu.ingest(tmp_path, tmp_path / "out")
+
+
+def test_a_split_that_a_partial_set_leaves_empty_is_said(tmp_path, capsys):
+    """One day of Avazu has no validation day; ratings of one second cannot be cut; six lines have no seventh."""
+    write_avazu(tmp_path / "train.csv", [avazu_line(i, 14102100) for i in range(5)])
+    movies = write_movielens(tmp_path / "ml", 6)
+    (movies / "ratings.dat").write_text("".join(f"{i % 3 + 1}::1::4::978300000\n" for i in range(9)))
+    write_criteo(tmp_path / "train.txt", 0, 6)
+    for name, source in (("avazu", "train.csv"), ("movielens1m", "ml"), ("criteo", "train.txt")):
+        words = ["ingest", name, "--input", str(tmp_path / source), "--output", str(tmp_path / name)]
+        assert command_line.main(words) == 0
+        out = capsys.readouterr().out
+        assert f"{source} holds no row of the split validation" in out
+        assert f"{source} holds no row of the split test" in out
+        assert len(rows_of(tmp_path / name)["train"]) >= 5
 
 
 def test_command(tmp_path, capsys):

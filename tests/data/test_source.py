@@ -3,6 +3,7 @@
 import os
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
@@ -162,3 +163,146 @@ def test_object_store(folder):
         ]
     finally:
         server.stop()
+
+
+def written(path, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"row_id": [1, 2], "user_id": [1, 2], "label": [0, 1], "x": [0.5, 1.5], **columns}), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a[1]b", "it's", "what?", "day{1,2}", "ünï", "a b"])
+def test_names_with_any_character_are_found_by_folder_file_and_pattern(tmp_path, name):
+    written(tmp_path / name / "x" / f"{name}.parquet")
+    expected = [f"{name}/x/{name}.parquet"]
+    for path in (name, expected[0], f"{name}/*/*.parquet", f"{name}/**/*.parquet", f"*/x/{name}.parquet", "**"):
+        assert found(tmp_path, f"{tmp_path}/{path}") == expected, path
+
+
+def test_two_stars_stand_for_folders_at_any_depth(tmp_path):
+    every = ["a.parquet", "x/b.parquet", "x/y/c.parquet"]
+    for name in (*every, "_old/d.parquet", "x/.tmp/e.parquet"):
+        written(tmp_path / name)
+    assert found(tmp_path, f"{tmp_path}/**/*.parquet") == every
+    assert found(tmp_path, f"{tmp_path}/**") == every
+    assert found(tmp_path, f"{tmp_path}/x/**/c.parquet") == ["x/y/c.parquet"]
+    assert found(tmp_path, f"{tmp_path}/*/y") == ["x/y/c.parquet"]
+
+
+def test_a_file_named_like_a_pattern_is_taken_as_it_is(tmp_path):
+    written(tmp_path / "a*.parquet")
+    written(tmp_path / "ab.parquet")
+    assert found(tmp_path, f"{tmp_path}/a*.parquet") == ["a*.parquet"]
+
+
+@pytest.mark.parametrize("name", ["part-0.parq", "part-00000", "data.PARQUET"])
+def test_a_parquet_file_of_another_ending_is_read(tmp_path, name):
+    written(tmp_path / name)
+    (tmp_path / "README.md").write_text("about the data")
+    assert found(tmp_path, str(tmp_path)) == [name]
+
+
+@pytest.mark.parametrize("name", ["data.parquet.gz", "part-0.csv", "part-0", "x/part-0.orc"])
+def test_a_file_that_may_be_data_in_another_form_is_refused_not_passed_over(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"" if name == "part-0" else b"\x1f\x8babc")
+    with pytest.raises(DataError, match=rf"{name}: not a Parquet file \(it begins with b'"):
+        open_dataset([str(folder)])
+
+
+def test_partition_folders_are_columns(tmp_path):
+    for day, hour, country in (("2024-01-01", "00", "de"), ("2024-01-02", "13", "__HIVE_DEFAULT_PARTITION__")):
+        written(tmp_path / f"day={day}" / f"hour={hour}" / f"country={country}" / "part.parquet")
+    files = open_dataset([str(tmp_path)])
+    data = DataConfig(
+        dense=(DENSE, DenseFeature(column="hour", transforms=())),
+        sparse=(SparseFeature(column="day", num_embeddings=9),),
+    )
+    check_columns(files, data, ["country"])
+    table = files[1].read(0, ["hour", "x", "day", "country"], dictionary=["day"])
+    assert table.to_pydict() == {"hour": [13] * 2, "x": [0.5, 1.5], "day": ["2024-01-02"] * 2, "country": [None] * 2}
+    written(tmp_path / "day=2024-01-03" / "part.parquet", day=["own", "own"])
+    assert open_dataset([f"{tmp_path}/day=2024-01-03"])[0].read(0, ["day"]).to_pydict() == {"day": ["own", "own"]}
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff"))
+    (file,) = open_dataset([str(written(tmp_path / "a.parquet", s=bad))])
+    for dictionary in ([], ["s"]):
+        with pytest.raises(DataError, match=r"a\.parquet, row group 0: column 's' cannot be decoded: .*UTF8"):
+            file.read(0, ["s"], dictionary)
+
+
+@pytest.mark.parametrize(
+    ("column", "read"),
+    [
+        (pa.array(["a", None], pa.string_view()), pa.string()),
+        (pa.array([["a"], None], pa.list_(pa.string_view())), pa.list_(pa.string())),
+        (pa.array([[1, 2], None], pa.list_view(pa.int64())), pa.list_(pa.int64())),
+        (pa.array([5, None]).dictionary_encode(), pa.int64()),
+    ],
+    ids=["string_view", "list of string_view", "list_view", "dictionary of integers"],
+)
+def test_layouts_of_other_writers_are_read_as_the_plain_type(tmp_path, column, read):
+    (file,) = open_dataset([str(written(tmp_path / "a.parquet", c=column))])
+    assert file.schema.field("c").type == read
+    assert file.read(0, ["c"])["c"].type == read
+    assert file.read(0, ["c"])["c"].to_pylist() == column.to_pylist()
+
+
+@pytest.mark.parametrize("encoding", ["hash", "vocabulary"])
+def test_a_column_of_two_kinds_in_two_files_is_refused_for_every_encoding(tmp_path, encoding):
+    written(tmp_path / "a.parquet", s=[1, 2])
+    written(tmp_path / "b.parquet", s=["1", "2"])
+    data = DataConfig(sparse=(SparseFeature(column="s", encoding=encoding, num_embeddings=9),))
+    for check in (check_columns, check_inputs):
+        with pytest.raises(DataError, match=r"b\.parquet: column 's' has type string, but int64 in .*a\.parquet"):
+            check(open_dataset([str(tmp_path)]), data)
+
+
+def test_ids_of_another_type_than_in_training_are_refused(tmp_path):
+    files = open_dataset([str(written(tmp_path / "a.parquet", s=["1", "2"]))])
+    data = DataConfig(sparse=(SparseFeature(column="s", num_embeddings=9),))
+    with pytest.raises(DataError, match=r"a\.parquet: column 's' has type string, but .* of type integer"):
+        check_inputs(files, data, (), {"s": "integer"})
+    check_inputs(files, data, (), {"s": "text"})
+
+
+def test_a_list_without_max_length_is_refused(tmp_path):
+    files = open_dataset([str(written(tmp_path / "a.parquet", l=[[1, 2], [3]]))])
+    with pytest.raises(
+        DataError, match=r"column 'l' has type list.*, needed is one integer or string per row.*max_len"
+    ):
+        check_inputs(files, DataConfig(sparse=(SparseFeature(column="l", num_embeddings=9),)))
+    check_inputs(files, DataConfig(sparse=(SparseFeature(column="l", num_embeddings=9, max_length=1),)))
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    table = pa.table({"row_id": [1], "user_id": [1], "label": [1], "x": [0.5]})
+    pq.write_table(table.append_column("x", table["x"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: column 'x' is there 2 times$"):
+        check_columns(open_dataset([str(tmp_path)]), DataConfig(dense=(DENSE,)))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "needed"),
+    [
+        ("row_id", ["a", "b"], "an integer"),
+        ("row_id", [1.0, 2.0], "an integer"),
+        ("user_id", [1.0, 2.0], "an integer or a string"),
+    ],
+)
+def test_ids_that_only_later_jobs_read_are_checked_by_the_first(tmp_path, column, values, needed):
+    files = open_dataset([str(written(tmp_path / "a.parquet", **{column: values}))])
+    with pytest.raises(DataError, match=rf"column '{column}' has type .*, needed is {needed} \(data\.{column}\)"):
+        check_columns(files, DataConfig(dense=(DENSE,)))
+
+
+def test_a_missing_label_says_what_is_needed(tmp_path):
+    pq.write_table(pa.table({"row_id": [1], "user_id": [1], "x": [0.5]}), tmp_path / "a.parquet")
+    files = open_dataset([str(tmp_path)])
+    with pytest.raises(
+        DataError, match=r"no column 'label'; the label \(data\.label, 0 or 1 per impression\) is needed"
+    ):
+        check_columns(files, DataConfig(dense=(DENSE,)))
+    check_columns(files, DataConfig(dense=(DENSE,)), labelled=False)

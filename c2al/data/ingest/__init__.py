@@ -1,1 +1,1 @@
-"""Published data sets -> Parquet splits by time. One module a data set."""
+"""Published data sets -> Parquet splits by time. One module per data set."""

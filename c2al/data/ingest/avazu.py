@@ -63,4 +63,4 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
                     )
                 writer.write(SPLIT_OF_DAY[int(day)], rows.filter(pa.array(day_N == day)))
             row += table.num_rows
-        return writer.close()
+        return writer.close_published(source)

@@ -52,7 +52,7 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
                         writer.write(split, table.slice(begin, end - begin))
                 in_file += table.num_rows
                 row += table.num_rows
-        return writer.close()
+        return writer.close_published(source)
 
 
 def _files(source: Path) -> list[Path]:

@@ -61,6 +61,7 @@ _VIDEOS = {
     "music_type": _float,
     "tag": _text,
 }
+_LOGS = "log_standard_*_pure.csv"
 _EVENTS = ("watch", "like", "long_watch")
 
 
@@ -68,11 +69,14 @@ def ingest(source: Path, output: Path, label: str = "is_click") -> dict[str, int
     """Writes <output>/{train,validation,test}; returns the rows of each split.
 
     `source` is the folder of the published CSVs (log_standard_*_pure.csv, user_features_pure.csv,
-    video_features_basic_pure.csv) or of the same tables as Parquet (interactions, users, videos,
-    user_history_0408_0424). Held in memory: the log is of a fixed size.
+    video_features_basic_pure.csv), the unpacked archive, which has them in its folder `data`, or a
+    folder of the same tables as Parquet (interactions, users, videos, user_history_0408_0424). Held in
+    memory: the log is of a fixed size.
 
-    Raises DataError naming the missing file, the malformed line, or the id that joins nothing.
+    Raises DataError naming the missing file, the malformed line, the id that joins nothing, or the
+    split that gets no row.
     """
+    source = _tables_of(source)
     log, users, videos, history = _read_parquet(source, label) if _is_parquet(source) else _read_csv(source, label)
     order = ["date", "time_ms", "user_id", "video_id", "tab", "label"]
     log = log[(log["date"] >= FIRST_DAY) & (log["date"] <= SPLITS["test"])].sort_values(order, ignore_index=True)
@@ -86,7 +90,7 @@ def ingest(source: Path, output: Path, label: str = "is_click") -> dict[str, int
         writer = SplitWriter(folder)
         for split, begin, end in zip(SPLITS, [0, *ends[:-1]], ends, strict=True):
             writer.write(split, table.slice(begin, end - begin))
-        return writer.close()
+        return writer.close_published(source)
 
 
 def _exposure(log: pd.DataFrame) -> dict[str, pa.Array]:
@@ -224,6 +228,12 @@ Tables = tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]
 """log with `label`, users, videos, history (user_id, impressions, <event>_seq)."""
 
 
+def _tables_of(source: Path) -> Path:
+    """The folder of the tables: `source`, or the folder `data` that the published archive has in it."""
+    inner = source / "data"
+    return inner if not _is_parquet(source) and not any(source.glob(_LOGS)) and inner.is_dir() else source
+
+
 def _is_parquet(source: Path) -> bool:
     return (source / "interactions.parquet").is_file()
 
@@ -246,7 +256,7 @@ def _read_parquet(source: Path, label: str) -> Tables:
 
 
 def _read_csv(source: Path, label: str) -> Tables:
-    logs = sorted(source.glob("log_standard_*_pure.csv"))
+    logs = sorted(source.glob(_LOGS))
     if not logs:
         raise DataError(f"{source}: neither interactions.parquet nor log_standard_*_pure.csv is there")
     types = {**_LOG, label: _int, "long_view": _int, "is_like": _int}

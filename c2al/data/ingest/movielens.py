@@ -59,12 +59,14 @@ def ingest(source: Path, output: Path) -> dict[str, int]:
     )
     time = rows["time"].to_numpy()
     cuts = [int(np.searchsorted(time, time[int(share * len(rows))])) for share in SHARES.values() if share < 1]
-    ends = [*cuts, len(rows)]
+    # Ratings of one second stay together; those of the first second are for training.
+    first = int(np.searchsorted(time, time[0], side="right"))
+    ends = [*(max(cut, first) for cut in cuts), len(rows)]
     with new_folder(output) as folder:
         writer = SplitWriter(folder)
         for split, begin, end in zip(SHARES, [0, *ends[:-1]], ends, strict=True):
             writer.write(split, table.slice(begin, end - begin))
-        return writer.close()
+        return writer.close_published(source)
 
 
 def _read(path: Path, types: dict[str, pa.DataType]) -> pd.DataFrame:

@@ -5,6 +5,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from c2al.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+
 ROW_GROUP_ROWS = 32768
 """Small enough that every logical shard of a data set of some hundred thousand rows gets row
 groups of its own, large enough that decoding is not dominated by page headers."""
@@ -15,7 +19,7 @@ FILE_ROWS = 128 * ROW_GROUP_ROWS
 class SplitWriter:
     """Appends tables to the Parquet files of named splits: <folder>/<split>/part-00000.parquet, ...
 
-    Memory is one row group a split. The bytes depend only on the rows and the pyarrow version,
+    Memory is one row group per split. The bytes depend only on the rows and the pyarrow version,
     not on how the rows were cut into tables.
     """
 
@@ -31,6 +35,17 @@ class SplitWriter:
     def close(self) -> dict[str, int]:
         """Writes what is left; rows of each split."""
         return {name: split.close() for name, split in self._splits.items()}
+
+    def close_published(self, source: Path) -> dict[str, int]:
+        """`close` of a published set; rows of each of `SPLITS`, 0 for one that a partial set leaves empty.
+
+        Raises DataError naming `source` if there is nothing to train on.
+        """
+        rows = self.close()
+        if not rows.get("train"):
+            found = ", ".join(f"{name} {rows.get(name, 0):,}" for name in SPLITS)
+            raise DataError(f"{source}: leaves the split train without a row (rows: {found})")
+        return {name: rows.get(name, 0) for name in SPLITS}
 
 
 class _Split:

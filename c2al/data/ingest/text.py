@@ -1,5 +1,6 @@
 """Delimited text in blocks, where a malformed line is an error that names the line."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read_delimited(
 
     `names` are the columns of a file without a header line; `quoted` allows "..." around a field.
     A path ending in .gz is decompressed. `content` stands for the file's bytes where they had to
-    be rewritten, line by line. Memory is a block.
+    be rewritten, line by line. Memory is one block.
 
     Raises DataError naming file, line (counted from 1) and value: a line with another number of
     fields, a value not of its type, a required one that is empty; or naming the file and the missing header column.
@@ -34,9 +35,8 @@ def read_delimited(
     bad_lines: list[str] = []
 
     def refuse(row: csv.InvalidRow) -> str:
-        bad_lines.append(
-            f"line {row.number}: {row.actual_columns} fields, expected {row.expected_columns}: {row.text!r}"
-        )
+        counts = f"{row.actual_columns} fields, expected {row.expected_columns}"
+        bad_lines.append(f"line {row.number}: {counts}: {row.text!r}")
         return "error"
 
     first_line = 1 if names else 2
@@ -67,8 +67,9 @@ def read_delimited(
                     raise DataError(f"{path}, line {first_line + at}: column '{column}' is empty")
             yield pa.table({c: _typed(table[c], kind, c, path, first_line) for c, kind in types.items()})
             first_line += batch.num_rows
-    except KeyError as e:
-        raise DataError(f"{path}: no column {e}") from e
+    except KeyError as e:  # pyarrow names the column that the header lacks in quotes, among its own words.
+        name = re.search(r"'(.*?)'", str(e))
+        raise DataError(f"{path}: no column {name[0] if name else e}; needed are {', '.join(types)}") from e
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{path}, {bad_lines[0]}" if bad_lines else f"{path}: cannot be read: {e}") from e
 
