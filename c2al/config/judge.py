@@ -58,6 +58,9 @@ class EvaluateConfig:
     """Bootstrap replicates over users."""
     confidence: float = 0.95
     """Two-sided confidence of every interval."""
+    items: str = ""
+    """Column of item ids in the scores; if given, NE_diff gets a second interval that resamples users and
+    items together (pigeonhole bootstrap)."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:
@@ -97,8 +100,6 @@ class Arm:
         if self.draw < 0:
             yield "draw", f"must not be negative, is {self.draw}"
         yield from _setting_problems("overrides", self.overrides)
-        if self.auxiliary_lambda <= 0:
-            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"
         yield from _grid_problems("select", self.select)
         for key in sorted(flat_settings(self.overrides).keys() & flat_settings(self.select).keys()):
             yield "select", f"'{key}' is in overrides too"

@@ -40,12 +40,13 @@ def power(found: Spread, users: float, confidence: float, target: float = TARGET
         high *= 2
     smallest = optimize.brentq(lambda x: chance(x * found.std, own, 1.0) - POWER, 0.0, high, xtol=1e-4) * found.std
     seeds_needed = None
-    if found.seeds_df and v_users:
-        seeds_needed = _first(lambda n: chance(target, n, 1.0) >= POWER, 2, MOST_SEEDS)
-    elif found.seeds_df:
+    if found.seeds_df:
         seeds_needed = _first(lambda n: chance(target, n, 1.0) >= POWER, 2, MOST_SEEDS)
     return Power(
-        smallest=float(smallest), seeds_needed=seeds_needed, users_needed=_users(chance, target, own, users), target=target
+        smallest=float(smallest),
+        seeds_needed=seeds_needed,
+        users_needed=_users(chance, target, own, users),
+        target=target,
     )
 
 

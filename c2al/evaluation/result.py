@@ -5,6 +5,7 @@ import os
 from typing import Literal
 
 from c2al.errors import DataError
+from c2al.evaluation.tables import evaluation_csv, terminal_table
 from c2al.state import read_state, state_text
 from c2al.typed import Problems
 
@@ -111,7 +112,7 @@ class Reliability:
     """Predicted against observed rates in bins of equal weight, sorted by prediction, pooled over seeds."""
 
     prediction: tuple[float, ...]
-    """Mean prediction, from the centres of the logit bins: off by at most p (1 - p) / 128."""
+    """Mean prediction, from the centres of the logit bins: off by at most 0.8% of p (1 - p)."""
     rate: tuple[float, ...]
     """Observed share of positives."""
     weight: tuple[float, ...]
@@ -179,6 +180,13 @@ class Evaluation:
     def to_json(self) -> str:
         """Full precision; reads back equal."""
         return state_text(self, format=FORMAT, version=VERSION)
+
+    def to_csv(self) -> str:
+        return evaluation_csv(self)
+
+    def table(self) -> str:
+        """For the terminal."""
+        return terminal_table(self)
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:

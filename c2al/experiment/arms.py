@@ -64,10 +64,11 @@ class Plan:
 
 def plan_arm(bench: Bench, arm: Arm, base: Config, discovery: Discovery) -> Plan:
     """Chooses the arm's cohorts. A CohortError there is a finding, not a failure of the experiment."""
-    if arm.cohorts not in ("none", "file") and discovery.folder is None:
+    folder = discovery.folder
+    if arm.cohorts not in ("none", "file") and folder is None:
         return Plan(arm=arm, cohorts=(), trials=(), finding=discovery.finding)
     try:
-        cohorts = bench.world.once(lambda: cohorts_of(arm, bench.config, discovery.folder))
+        cohorts = bench.world.once(lambda: cohorts_of(arm, bench.config, folder))
     except CohortError as e:
         return Plan(arm=arm, cohorts=(), trials=(), finding=str(e).removeprefix("rank 0: "))
     return Plan(arm=arm, cohorts=cohorts, trials=tuple(arm_trials(arm, base, cohorts)), finding="")

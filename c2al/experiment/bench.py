@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from c2al.config import Config, replace
-from c2al.data.cohorts import Cohorts, write_cohorts
+from c2al.data.cohorts import write_cohorts
 from c2al.distributed.process import World
 from c2al.experiment.folder import Result, claim, read_result, write_result
 from c2al.experiment.plan import Trial, baseline_trials
@@ -77,7 +77,8 @@ class Bench:
         scores = folder / f"{name}-{hashlib.sha256(columns.encode()).hexdigest()[:6]}"
 
         def work() -> None:
-            score(folder / "run", split, scores, self.world, axes=self.config.axes)
+            config = dataclasses.replace(trial.config, seed=seed, axes=self.config.axes)
+            score(folder / "run", split, scores, self.world, config=config)
 
         return self.do(folder, lambda: scores if scores.exists() else None, work, wait)
 
@@ -100,8 +101,7 @@ class Bench:
 
     def _cohorts_file(self, trial: Trial) -> Path:
         path = self.output / "trainings" / trial.name / "cohorts.json"
-        found = Cohorts(chosen=trial.cohorts, reason=f"arm {trial.arm}", axes=())
-        self.world.once(lambda: write_cohorts(path, found))
+        self.world.once(lambda: write_cohorts(path, trial.cohorts, f"arm {trial.arm}"))
         return path
 
     def do(self, folder: Path, done: Callable[[], T | None], work: Callable[[], None], wait: bool) -> T | None:

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.config import Arm, Config
-from c2al.data.cohorts import HASH_BUCKETS, CohortSpec, Condition, hash_buckets, read_cohorts
+from c2al.data.cohorts import DRAW_BUCKETS, CohortSpec, Condition, drawn_share, read_cohorts
 from c2al.data.source import open_dataset
-from c2al.discovery.accumulate import Accumulators, cohort_spec
+from c2al.discovery.axes import cohort_spec
 from c2al.discovery.discover import ACCUMULATORS
+from c2al.discovery.saved import load_accumulators
 from c2al.discovery.select import compare_axis
 from c2al.errors import CohortError
 
@@ -27,19 +28,20 @@ class NoCohorts(CohortError):
     """A finding, not a fault: what the arm asks for does not exist in these data."""
 
 
-def cohorts_of(arm: Arm, config: Config, discovery: Path) -> Pair:
+def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     """The arm's auxiliary cohorts, named head and tail; empty for cohorts = "none".
 
-    `discovery` is the folder that discovery wrote. Raises NoCohorts with the reason when no noise bound
+    `discovery` is the folder that discovery wrote; "none" and "file" need none. Raises NoCohorts with the reason when no noise bound
     supports a pair, or no pair has the minimum size.
     """
     if arm.cohorts == "none":
         return ()
     if arm.cohorts == "file":
         return read_cohorts(arm.file).chosen()
+    assert discovery is not None
     found = read_cohorts(discovery / "cohorts.json")
     if arm.cohorts in ("random", "least"):
-        return _other_pair(arm, config, discovery, () if found.head is None else found.chosen())
+        return _other_pair(arm, config, discovery, found.named)
     try:
         pair = found.chosen()
     except CohortError as e:
@@ -67,7 +69,7 @@ def _other_pair(arm: Arm, config: Config, discovery: Path, chosen: Pair) -> Pair
 
 def eligible_pairs(config: Config, discovery: Path) -> list[tuple[Pair, float]]:
     """Every pair of the minimum size, with its divergence by the rule, on every axis that may be chosen from."""
-    total, _ = Accumulators.load(discovery / ACCUMULATORS)
+    total, _ = load_accumulators(discovery / ACCUMULATORS)
     found = []
     for axis in total.axes:
         counts = total.of_axis(axis)
@@ -94,7 +96,7 @@ def placebo(pair: Sequence[CohortSpec], config: Config, draw: int) -> Pair:
         wanted = before[start] + rows
         stop = int(np.abs(before[start + 1 :] - wanted).argmin()) + start + 1
         condition = Condition(
-            column=config.data.user_id, draw=draw, lower=start / HASH_BUCKETS, upper=stop / HASH_BUCKETS
+            column=config.data.user_id, draw=draw, lower=start / DRAW_BUCKETS, upper=stop / DRAW_BUCKETS
         )
         placebos.append(
             CohortSpec(axis="placebo", name=f"as many as {cohort.name}", conditions=(condition,), label=cohort.label)
@@ -106,13 +108,15 @@ def placebo(pair: Sequence[CohortSpec], config: Config, draw: int) -> Pair:
 def _count(pair: Sequence[CohortSpec], config: Config, draw: int) -> tuple[npt.NDArray[np.int64], list[int]]:
     """(training rows by bucket of the user's hash (K,), training rows of each cohort)."""
     columns = sorted({config.data.user_id, *(column for cohort in pair for column in cohort.columns)})
-    rows_K, size = np.zeros(HASH_BUCKETS, np.int64), [0] * len(pair)
+    rows_K, size = np.zeros(DRAW_BUCKETS, np.int64), [0] * len(pair)
     for file in open_dataset(config.data.train):
         for group, rows in enumerate(file.row_group_rows):
             if not rows:
                 continue
             table = file.read(group, columns)
-            rows_K += np.bincount(hash_buckets(table[config.data.user_id], draw), minlength=HASH_BUCKETS)
+            share_R = drawn_share(table[config.data.user_id], draw)
+            bucket_R = (share_R[~np.isnan(share_R)] * DRAW_BUCKETS).astype(np.int64)
+            rows_K += np.bincount(bucket_R, minlength=DRAW_BUCKETS)
             for i, cohort in enumerate(pair):
                 size[i] += int(cohort.membership(table).sum())
     return rows_K, size

@@ -27,6 +27,7 @@ from c2al.config import (
 )
 from c2al.data.cohorts import CohortSpec
 
+LAMBDA = "train.auxiliary_lambda"
 DEFAULT_ARMS = (Arm(name="c2al", cohorts="chosen"), Arm(name="placebo", cohorts="shuffled"))
 """What an experiment without `arms` compares with the baseline."""
 
@@ -76,7 +77,10 @@ def baseline_trials(config: Config) -> list[Trial]:
 
 def arm_trials(arm: Arm, base: Config, cohorts: tuple[CohortSpec, ...]) -> list[Trial]:
     """Every combination of the arm's `select`, on top of the configuration that the baseline chose."""
-    return _trials(arm.name, base, flat_settings(arm.overrides), arm.select, cohorts)
+    overrides = flat_settings(arm.overrides)
+    if cohorts and LAMBDA not in {**overrides, **flat_settings(arm.select)}:
+        overrides[LAMBDA] = base.experiment.auxiliary_lambda
+    return _trials(arm.name, base, overrides, arm.select, cohorts)
 
 
 def _trials(

@@ -20,7 +20,6 @@ from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_disc
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
 from c2al.experiment.plan import arm_trials, arms_of
-from c2al.report.html import write_report
 from c2al.report.record import Record
 
 EVERYTHING = Share()
@@ -67,8 +66,9 @@ def _judge(record: Record, config: Config, output: Path) -> Path | None:
         if not mine:
             return None
         record.write(output)
-        evaluate_record(record, config, output)
-        return write_report(output)
+        evaluation = evaluate_record(record, config, output)
+        print(evaluation.table())
+        return output / "report.html"
 
 
 def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:

@@ -9,12 +9,12 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from c2al.config import load_config, replace
-from c2al.data.synthetic import LatentConfig, synthesise
+from c2al.data.synthetic import LatentConfig, WorldName, synthesise
 from c2al.distributed.process import process_group
 from c2al.experiment.run import experiment
 from c2al.jobs.experiment import add_share_arguments, command, share, tell
 
-WORLDS = ("privileged", "homogeneous")
+WORLDS: tuple[WorldName, ...] = ("privileged", "homogeneous")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
             data = output / "data"
             paths = {f"data.{split}": [str(data / split)] for split in ("train", "validation", "test")}
 
-            def make_data(name: str = name, data: Path = data) -> None:
+            def make_data(name: WorldName = name, data: Path = data) -> None:
                 if not data.exists():
                     synthesise(LatentConfig(world=name, seed=config.seed), data)
 

@@ -51,4 +51,6 @@ def command() -> str:
 def tell(report: Path | None, output: Path, world: World) -> None:
     """What the job prints last."""
     if world.rank == 0:
-        print(f"report: {report}" if report else f"{output}: other processes are at work; the last one writes the report")
+        print(
+            f"report: {report}" if report else f"{output}: other processes are at work; the last one writes the report"
+        )
