@@ -18,7 +18,7 @@ Satterthwaite's t is too short where seeds dominate and are few (2 seeds: a nomi
 quantiles, never covers too little but up to 98.7%. We take c^2 = t_u^2 + (t_s^2 - t_u^2) r^a with the
 largest a in [1, 2] whose error rate is at most EXCESS times the nominal one for every ratio of the two
 variances. The error rate is computed by numerical integration, not by simulation; ``rejection`` does it.
-benchmarks/coverage.py then shows the coverage by simulation, beside the methods that were tried.
+benchmarks/interval_coverage.py then shows the coverage by simulation, beside the methods that were tried.
 
 Sources: Howe, "Two-sided tolerance limits and approximate confidence limits on sums of mean squares",
 JASA 69 (1974); Satterthwaite, Biometrics Bulletin 2 (1946).

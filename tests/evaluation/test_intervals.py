@@ -21,7 +21,7 @@ from c2al.evaluation.power import POWER, power
 
 
 def coverage_benchmark():
-    path = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
     spec = importlib.util.spec_from_file_location("coverage_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

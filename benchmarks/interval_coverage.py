@@ -1,6 +1,6 @@
 """How often do intervals of NE_diff hold the true value?
 
-    python benchmarks/coverage.py [--draws 4000]
+    python benchmarks/interval_coverage.py [--draws 4000]
 
 Draws test sets of users and seeds from known distributions, evaluates each with the product's functions and
 counts how often the nominal 95% interval holds the truth. A draw has users of unequal sizes whose reaction
