@@ -31,8 +31,9 @@ class NoCohorts(CohortError):
 def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     """The arm's auxiliary cohorts, named head and tail; empty for cohorts = "none".
 
-    `discovery` is the folder that discovery wrote; "none" and "file" need none. Raises NoCohorts with the reason when no noise bound
-    supports a pair, or no pair has the minimum size.
+    `discovery` is the folder that discovery wrote; "none" and "file" need none.
+
+    Raises NoCohorts with the reason when no noise bound supports a pair, or no pair has the minimum size.
     """
     if arm.cohorts == "none":
         return ()
