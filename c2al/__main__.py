@@ -17,13 +17,13 @@ JOBS = {
     "discover": "find the head and tail cohorts in scored impressions",
     "evaluate": "NE, NE_diff, calibration and AUC with intervals",
     "export": "write and prove the serving artifact",
-    "experiment": "baseline against C2AL over paired seeds, with a report",
-    "demo": "an experiment on synthetic impressions",
+    "experiment": "arms against the baseline over paired seeds, with a report",
+    "demo": "two experiments on synthetic impressions whose truth is known",
     "synth": "write synthetic impressions with planted cohorts",
     "ingest": "turn a published data set into Parquet splits",
 }
 
-_ALL = ("", "data", "model", "train", "dist", "axes", "discover", "evaluate", "experiment")
+_ALL = ("", "data", "model", "train", "dist", "axes", "discover", "evaluate", "experiment", "arms")
 SETTINGS = {
     "train": ("", "data", "model", "train", "dist", "axes"),
     "score": ("data", "dist", "axes"),

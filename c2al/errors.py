@@ -51,6 +51,10 @@ class OutputError(C2ALError):
     exit_code = 2
 
 
+class LockedError(OutputError):
+    """A folder that another process is writing."""
+
+
 class StateError(C2ALError):
     """A state file (JSON that another job wrote) that is missing, damaged, foreign or of another version."""
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from c2al.errors import OutputError
+from c2al.errors import LockedError, OutputError
 
 LOCK = ".lock"
 """Name of the lock file in a folder that a job writes."""
@@ -92,8 +92,8 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     The operating system holds the lock and frees it when the process dies, however it dies, so a lock
     file that a dead process left behind is taken over. Readers need no lock.
 
-    Raises OutputError naming host, pid and start time of the other writer, or the folder that
-    cannot be made.
+    Raises LockedError naming host, pid and start time of the other writer, OutputError naming the folder
+    that cannot be made.
     """
     path = Path(folder)
     with output_errors(path):
@@ -103,7 +103,7 @@ def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(
+            raise LockedError(
                 f"{path}: is being written by {_writer(path / LOCK)}; wait for it or name another output"
             ) from None
         except OSError as e:

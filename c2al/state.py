@@ -50,7 +50,7 @@ def read_state(
 
 def parse_state(
     content: bytes,
-    source: str,
+    source: str | os.PathLike[str],
     kind: type[T],
     *,
     format: str,
@@ -77,7 +77,7 @@ def read_json(path: str | os.PathLike[str], error: type[C2ALError] = StateError)
     return parse_json(_bytes(path, error), str(path), error)
 
 
-def parse_json(content: bytes, source: str, error: type[C2ALError] = StateError) -> Any:
+def parse_json(content: bytes, source: str | os.PathLike[str], error: type[C2ALError] = StateError) -> Any:
     """`read_json` of a file's `content`; `source` names it in messages."""
     try:
         text = content.decode("utf-8")

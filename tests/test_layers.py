@@ -22,6 +22,7 @@ LAYERS = {
     "c2al.state": 2,
     "c2al.config": 3,
     "c2al.configs": 0,
+    "c2al.bins": 4,
     "c2al.ne": 4,
     "c2al.ops": 4,
     "c2al.nn": 5,

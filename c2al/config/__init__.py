@@ -2,13 +2,15 @@
 
 from c2al.config.data import Axis, DataConfig, DenseFeature, SparseFeature
 from c2al.config.distribution import DistConfig, Sharding, TableConfig
-from c2al.config.judge import DiscoverConfig, EvaluateConfig, ExperimentConfig
+from c2al.config.judge import BASELINE, Arm, DiscoverConfig, EvaluateConfig, ExperimentConfig, flat_settings
 from c2al.config.load import dump_config, load_config, parse_config, redacted_config, replace, save_config
 from c2al.config.model import FMConfig, ModelConfig
 from c2al.config.schema import Config
 from c2al.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
+    "BASELINE",
+    "Arm",
     "Axis",
     "CheckpointConfig",
     "Config",
@@ -26,6 +28,7 @@ __all__ = [
     "TableConfig",
     "TrainConfig",
     "dump_config",
+    "flat_settings",
     "load_config",
     "parse_config",
     "redacted_config",

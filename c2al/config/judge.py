@@ -1,7 +1,8 @@
 """The sections of discovery, evaluation and experiments."""
 
 import dataclasses
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from c2al.typed import Problems
 
@@ -57,6 +58,9 @@ class EvaluateConfig:
     """Bootstrap replicates over users."""
     confidence: float = 0.95
     """Two-sided confidence of every interval."""
+    items: str = ""
+    """Column of item ids in the scores; if given, NE_diff gets a second interval that resamples users and
+    items together (pigeonhole bootstrap)."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:
@@ -66,18 +70,85 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
-    """Baseline and C2AL over paired seeds."""
+class Arm:
+    """One way of training that an experiment compares with the baseline."""
 
-    seeds: tuple[int, ...] = (0,)
-    """Each seed trains a baseline and a C2AL model with the same data order and initialisation."""
-    auxiliary_lambda: float = 0.2
-    """train.auxiliary_lambda of the C2AL runs; that of the config itself must be 0 in an experiment."""
-    discover_on: Literal["validation", "train"] = "validation"
-    """Split whose baseline scores cohorts are discovered on."""
+    name: str
+    """What the arm is called: letters, digits, "-" and "_". "baseline" is taken."""
+    cohorts: Literal["none", "chosen", "random", "least", "shuffled", "one", "file"] = "chosen"
+    """Where the auxiliary cohorts come from. chosen: the pair that discovery chose. random: a pair drawn
+    from all pairs of the minimum size. least: the least divergent pair of the minimum size. shuffled: the
+    placebo, cohorts of the same sizes whose users are drawn at random. one: one cohort of the chosen pair.
+    file: a cohorts.json. none: no auxiliary cohort, only `overrides`."""
+    keep: Literal["head", "tail"] = "head"
+    """The cohort that cohorts = "one" keeps."""
+    file: str = ""
+    """Path of the cohorts.json of cohorts = "file"."""
+    draw: int = 0
+    """Number of the draw of cohorts = "random" and "shuffled": another number, other cohorts."""
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings that differ from the baseline's, by dotted name: {"train.optimizer.dense_lr" = 0.002}."""
+    select: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings to choose from, by dotted name: {"train.auxiliary_lambda" = [0.1, 0.3, 1.0]}. Every combination is
+    trained on every seed; the one of lowest mean validation NE is kept. Test data play no part."""
 
     def problems(self) -> Problems:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            yield "seeds", f"must be distinct and not empty, is {list(self.seeds)}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name) or self.name == BASELINE:
+            yield "name", f"must be letters, digits, '-' or '_', and not '{BASELINE}'; is '{self.name}'"
+        if (self.cohorts == "file") != bool(self.file):
+            yield "file", "goes with cohorts = 'file'" if self.file else "needed by cohorts = 'file'"
+        if self.draw < 0:
+            yield "draw", f"must not be negative, is {self.draw}"
+        yield from _setting_problems("overrides", self.overrides)
+        yield from _grid_problems("select", self.select)
+        for key in sorted(flat_settings(self.overrides).keys() & flat_settings(self.select).keys()):
+            yield "select", f"'{key}' is in overrides too"
+
+
+BASELINE = "baseline"
+"""Name of the arm without auxiliary cohorts, which every experiment has."""
+_OWN = ("seed", "data.train", "data.validation", "data.test", "experiment", "arms", "discover", "evaluate", "axes")
+"""Settings that all arms of an experiment share."""
+
+
+def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name; TOML may have them as nested tables as well."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flat_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _setting_problems(field: str, settings: dict[str, Any]) -> Problems:
+    for key in flat_settings(settings):
+        own = next((o for o in _OWN if key == o or key.startswith(f"{o}.")), None)
+        if own is not None:
+            yield field, f"'{key}': {own} is the same for all arms"
+
+
+def _grid_problems(field: str, grid: dict[str, Any]) -> Problems:
+    yield from _setting_problems(field, grid)
+    for key, values in flat_settings(grid).items():
+        if not isinstance(values, list | tuple) or not values:
+            yield field, f"'{key}': needs a list of values to choose from, is {values!r}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Arms against the baseline over paired seeds."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Every arm is trained with each seed; the arms of a seed share initialisation and data order."""
+    auxiliary_lambda: float = 0.3
+    """lambda of the arms with auxiliary cohorts that do not set train.auxiliary_lambda themselves."""
+    discover_on: Literal["validation", "train"] = "validation"
+    """Split whose baseline scores cohorts are discovered on."""
+    select: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """As `select` of an arm, for the baseline. What it chooses, the arms start from."""
+
+    def problems(self) -> Problems:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            yield "seeds", f"must be distinct, not negative and not empty, is {list(self.seeds)}"
         if self.auxiliary_lambda <= 0:
             yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"
+        yield from _grid_problems("select", self.select)

@@ -7,7 +7,7 @@ import dataclasses
 
 from c2al.config.data import Axis, DataConfig
 from c2al.config.distribution import DistConfig
-from c2al.config.judge import DiscoverConfig, EvaluateConfig, ExperimentConfig
+from c2al.config.judge import Arm, DiscoverConfig, EvaluateConfig, ExperimentConfig
 from c2al.config.model import ModelConfig
 from c2al.config.train import TrainConfig
 from c2al.typed import Problems, hint
@@ -34,7 +34,9 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
     """Intervals of the metrics."""
     experiment: ExperimentConfig = ExperimentConfig()
-    """The paired comparison."""
+    """The paired comparison of arms."""
+    arms: tuple[Arm, ...] = ()
+    """What an experiment compares with the baseline, one `[[arms]]` each; empty: C2AL and its placebo."""
 
     def problems(self) -> Problems:
         if self.seed < 0:
@@ -47,6 +49,9 @@ class Config:
         names = [a.name for a in self.axes]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield "axes", f"axis '{name}' is declared twice"
+        arms = [a.name for a in self.arms]
+        for name in sorted({n for n in arms if arms.count(n) > 1}):
+            yield "arms", f"arm '{name}' is declared twice"
         yield from self._cross_problems()
         for name in self.discover.axes:
             if name not in names:

@@ -1,7 +1,7 @@
 """Poisson bootstrap over users: kernels of `c2al evaluate`.
 
 Letters: N rows of a block, A axes, G segments (of all axes together), J runs, K logit bins,
-R replicates, V sums of a segment.
+R replicates, V sums of a segment, U (user, segment) pairs.
 
 A replicate r gives every row of user u the weight w(u, r) ~ Poisson(1), a pure function of (seed,
 u, r). So both runs, all seeds and all segments share the weights, rows may come in any order and
@@ -16,11 +16,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-Float = NDArray[np.float64]
+from c2al.data.hashing import mix64
+from c2al.ne import normalized_entropy
 
-BINS = 2048
-"""K: bins of the AUC histograms, equally wide in logit over [-LIMIT, LIMIT], the outer ones open."""
-LIMIT = 16.0
+Float = NDArray[np.float64]
 
 NEGATIVES, POSITIVES, RUNS = 0, 1, 2
 """V = 2 + 4 J: weight of negatives, of positives, then for each run these four sums."""
@@ -36,12 +35,7 @@ _POISSON = np.array(
 """w = number of these thresholds (the Poisson(1) distribution function in 64 bits) that a hash reaches."""
 
 
-@njit(inline="always")
-def _mix(x):  # type: ignore[no-untyped-def]
-    """SplitMix64's finaliser (Steele et al., 2014): a bijection of 64 bits that passes BigCrush."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+_mix = njit(inline="always")(mix64)
 
 
 @njit(nogil=True)
@@ -55,12 +49,6 @@ def poisson_weights(seed, user, weight_R):  # type: ignore[no-untyped-def]
         while k < len(_POISSON) and h >= _POISSON[k]:
             k += 1
         weight_R[r] = k
-
-
-def logit_bins(logit: Float) -> NDArray[np.int16]:
-    """Bin of each logit, any shape."""
-    scale = BINS / (2 * LIMIT)
-    return np.clip((logit + LIMIT) * scale, 0, BINS - 1).astype(np.int16)
 
 
 @njit(nogil=True)
@@ -141,21 +129,56 @@ def resample(user_N, segment_NA, label_N, weight_N, loss_NJ, prediction_NJ, bin_
         first = last
 
 
+@njit(nogil=True)
+def resample_pairs(user_N, item_N, segment_NA, label_N, weight_N, loss_NJ, seed, sums_GVR):  # type: ignore[no-untyped-def]
+    """Adds a block to the sums of a bootstrap that gives a row the weight w(user, r) w(item, r).
+
+    Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007). V = 2 + J: weight of negatives,
+    of positives, weighted loss of each run. Cost: about R * V ns per row and axis.
+    """
+    replicates = sums_GVR.shape[2]
+    user_R, item_R = np.empty(replicates), np.empty(replicates)
+    # Users and items draw from streams of their own: a user and an item of one id have nothing in common.
+    item_seed = _mix(seed ^ np.uint64(0xA0761D6478BD642F))
+    for n in range(len(user_N)):
+        if n == 0 or user_N[n] != user_N[n - 1]:
+            poisson_weights(seed, user_N[n], user_R)
+        poisson_weights(item_seed, item_N[n], item_R)
+        for a in range(segment_NA.shape[1]):
+            g = segment_NA[n, a]
+            if g < 0:
+                continue
+            for r in range(replicates):
+                w = weight_N[n] * user_R[r] * item_R[r]
+                if w != 0.0:
+                    sums_GVR[g, label_N[n], r] += w
+                    for j in range(loss_NJ.shape[1]):
+                        sums_GVR[g, 2 + j, r] += w * loss_NJ[n, j]
+
+
+@njit(nogil=True)
+def resample_sums(user_U, segment_U, sum_UV, seed, sums_GVR):  # type: ignore[no-untyped-def]
+    """Adds sums that belong to one user and one segment each, sorted by user, to the replicates."""
+    weight_R = np.empty(sums_GVR.shape[2])
+    for u in range(len(user_U)):
+        if u == 0 or user_U[u] != user_U[u - 1]:
+            poisson_weights(seed, user_U[u], weight_R)
+        for v in range(sum_UV.shape[1]):
+            for r in range(len(weight_R)):
+                sums_GVR[segment_U[u], v, r] += sum_UV[u, v] * weight_R[r]
+
+
 def metrics(sums_VR: Float, auc_J: Float) -> dict[str, Float]:
     """ne, calibration and auc of one segment, each (J, R), NaN where undefined.
 
-    ne: Eq. 13 of the C2AL paper. auc of a replicate: the Hajek projection of the resampled AUC, the
-    resampled mean placement of positives plus that of negatives minus the AUC itself, which needs
-    sums only; column 0 is the AUC.
+    auc of a replicate: the Hajek projection of the resampled AUC, the resampled mean placement of
+    positives plus that of negatives minus the AUC itself, which needs sums only; column 0 is the AUC.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         negatives_R, positives_R = (np.where(sums_VR[y] > 0, sums_VR[y], np.nan) for y in (NEGATIVES, POSITIVES))
-        weight_R = negatives_R + positives_R
-        q_R = positives_R / weight_R
-        entropy_R = -(q_R * np.log(q_R) + (1 - q_R) * np.log1p(-q_R))
         run_JSR = sums_VR[RUNS:].reshape(len(auc_J), 4, -1)
         return {
-            "ne": run_JSR[:, LOSS] / weight_R / entropy_R,
+            "ne": normalized_entropy(run_JSR[:, LOSS], sums_VR[POSITIVES], sums_VR[NEGATIVES]),
             "calibration": run_JSR[:, PREDICTION] / positives_R,
             "auc": run_JSR[:, ABOVE] / positives_R + run_JSR[:, BELOW] / negatives_R - auc_J[:, None],
         }

@@ -1,20 +1,42 @@
-"""What `c2al evaluate` found: evaluation.json, its table and its CSV."""
+"""What `c2al evaluate` found: the contents of evaluation.json."""
 
-import csv
 import dataclasses
-import io
-import json
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from c2al.errors import DataError
+from c2al.evaluation.tables import evaluation_csv, terminal_table
+from c2al.state import read_state, state_text
+from c2al.typed import Problems
 
-VERSION = 1
-"""Of evaluation.json; a file of another version is refused."""
+FORMAT, VERSION = "c2al.evaluation", 2
+"""Of evaluation.json; a file of another format or version is refused."""
 OVERALL, COHORT = "overall", "cohort"
 """Axis names of the whole test set, and of head and tail."""
+METRICS = ("ne", "calibration", "auc", "gauc")
+"""Keys of `Segment.arms[arm]`."""
+DIFFERENCES = ("ne", "auc", "gauc")
+"""Keys of `Difference.estimates`."""
+
+Verdict = Literal["lower", "higher", "no difference shown"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of training: a name and its score folders, one per seed.
+
+    A seed pairs the runs of two arms: the run of seed 3 is compared with the other arm's run of seed 3.
+    An arm may have fewer seeds than another.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    folders: tuple[str, ...]
+    """Score folder of each seed, in the order of `seeds`."""
+
+    def problems(self) -> Problems:
+        if len(self.seeds) != len(self.folders):
+            yield "folders", f"has {len(self.folders)} entries for {len(self.seeds)} seeds"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +46,77 @@ class Estimate:
     value: float | None
     """Mean over seeds; of the AUC see `Segment.auc_error`."""
     interval: tuple[float, float] | None
-    """Percentile interval of `value` from the bootstrap over users. It says how far another sample
-    of users would move it; not how far another seed would: that is `seed_std`."""
+    """Covers users and seeds together; see c2al.evaluation.intervals. With one seed it covers users only
+    and says nothing about other seeds."""
     per_seed: tuple[float | None, ...]
+    users_std: float | None
+    """Standard error of `value` that all seeds share, because they are scored on the same users. With
+    one seed it also holds what that seed's model makes of these users."""
     seed_std: float | None
     """Standard deviation over seeds (n - 1); None with one seed."""
+    df: float | None
+    """Degrees of freedom of the combined standard error (Satterthwaite)."""
+    users_interval: tuple[float, float] | None
+    """Percentile interval of the bootstrap over users alone, with the seeds held fixed."""
     reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Whether a difference of NE survives the correction for how many were looked at."""
+
+    p: float
+    """Two-sided; agrees with `Estimate.interval`."""
+    corrected_p: float
+    """Overall: Holm over the comparisons. Segments: Benjamini-Hochberg over the segments of the comparison."""
+    corrected_interval: tuple[float, float]
+    """Excludes 0 exactly if the difference passes; see c2al.evaluation.multiple."""
+    passes: bool
+    verdict: Verdict
+    words: str
+    """The verdict in a sentence; says so when it rests on one seed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Power:
+    """What this design can see, at 80% power and the evaluation's confidence."""
+
+    smallest: float
+    """Smallest true NE_diff, in absolute value, that would be seen."""
+    seeds_needed: int | None
+    """Seeds that would see `target` on these users; None: no number of seeds would, or one seed was run."""
+    users_needed: float | None
+    """Effective users that would see `target` with these seeds; None: no number of users would."""
+    target: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One arm against another on one segment, over the seeds that both have."""
+
+    arm: str
+    against: str
+    estimates: dict[str, Estimate]
+    """"ne": NE_diff = (NE arm - NE against) / NE against; "auc", "gauc": arm - against."""
+    judgement: Judgement | None
+    """Of "ne"; None where it has no interval."""
+    items_interval: tuple[float, float] | None
+    """Of "ne", resampling users and items together (sensitivity); only overall and cohorts, and only with
+    evaluate.items."""
+    power: Power | None
+    """Only overall and cohorts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """Predicted against observed rates in bins of equal weight, sorted by prediction, pooled over seeds."""
+
+    prediction: tuple[float, ...]
+    """Mean prediction, from the centres of the logit bins: off by at most 0.8% of p (1 - p)."""
+    rate: tuple[float, ...]
+    """Observed share of positives."""
+    weight: tuple[float, ...]
+    """Sum of sample weights, averaged over seeds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,115 +136,59 @@ class Segment:
     the negatives, whichever has fewer; estimated from the bootstrap."""
     auc_error: float | None
     """Largest distance that the logit bins can put between an AUC and the exact one; None without AUC."""
-    estimates: dict[str, Estimate]
-    """With pairs: "ne_diff", "auc_diff", and "ne", "calibration", "auc" after "baseline." and "c2al.";
-    with one run: "ne", "calibration", "auc"."""
+    arms: dict[str, dict[str, Estimate]]
+    """Arm -> "ne", "calibration", "auc", "gauc" (mean AUC within users who have both classes, weighted by
+    their impressions)."""
+    reliability: dict[str, Reliability]
+    """Arm -> bins; no bins where the segment has no rows."""
+    differences: tuple[Difference, ...]
+    """In the order of `Evaluation.comparisons`."""
+
+    def difference(self, arm: str, against: str) -> Difference:
+        """Raises KeyError for arms that were not compared."""
+        for d in self.differences:
+            if (d.arm, d.against) == (arm, against):
+                return d
+        raise KeyError(f"{arm} was not compared with {against}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What evaluation.json holds."""
 
-    version: int
-    runs: tuple[tuple[str, ...], ...]
-    """Score folders: (baseline, c2al) for each seed, or one (scores,)."""
+    arms: tuple[Arm, ...]
+    """The baseline first."""
+    comparisons: tuple[tuple[str, str], ...]
+    """(arm, against): every other arm against the baseline, then the pairs that were asked for."""
     rows: int
     confidence: float
     replicates: int
     seed: int
     clip: float
+    items: str
+    """Column of `Difference.items_interval`; empty: not computed."""
     segments: tuple[Segment, ...]
 
     def segment(self, axis: str, name: str) -> Segment | None:
         """The segment of that name, if there is one."""
         return next((s for s in self.segments if (s.axis, s.name) == (axis, name)), None)
 
+    @property
+    def overall(self) -> Segment:
+        return self.segments[0]
+
     def to_json(self) -> str:
         """Full precision; reads back equal."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        return state_text(self, format=FORMAT, version=VERSION)
 
     def to_csv(self) -> str:
-        """One row a segment; an undefined number is an empty cell with its reason."""
-        names = list(self.segments[0].estimates)
-        fields = ("value", "low", "high", "seed_std", "reason")
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        head = ["axis", "segment", "detail", "rows", "positives", "users", "auc_error"]
-        writer.writerow(head + [f"{name}.{field}" for name in names for field in fields])
-        for s in self.segments:
-            cells: list[Any] = [s.axis, s.name, s.detail, s.rows, s.positives, s.users, s.auc_error]
-            for e in (s.estimates[name] for name in names):
-                cells += [e.value, *(e.interval or (None, None)), e.seed_std, e.reason]
-            writer.writerow(cells)
-        return out.getvalue()
+        return evaluation_csv(self)
 
     def table(self) -> str:
         """For the terminal."""
-        paired = "ne_diff" in self.segments[0].estimates
-        columns: list[tuple[str, Callable[[Segment], str]]] = [
-            ("axis", lambda s: s.axis),
-            ("segment", lambda s: f"{s.name} ({s.detail})" if s.detail else s.name),
-            ("rows", lambda s: f"{s.rows:,}"),
-            ("positives", lambda s: f"{s.positives:,}"),
-        ]
-        if paired:
-            columns += [
-                ("NE base", lambda s: _number(s.estimates["baseline.ne"], "{:.5f}")),
-                ("NE C2AL", lambda s: _number(s.estimates["c2al.ne"], "{:.5f}")),
-                ("NE_diff", lambda s: _number(s.estimates["ne_diff"], "{:+.3%}")),
-                (f"{self.confidence:.0%} interval", lambda s: _interval(s.estimates["ne_diff"], "{:+.3%}")),
-            ]
-            if len(self.runs) > 1:
-                columns.append(("seed sd", lambda s: _text(s.estimates["ne_diff"].seed_std, "{:.3%}")))
-            groups = [("baseline.", " base"), ("c2al.", " C2AL")]
-        else:
-            columns += [
-                ("NE", lambda s: _number(s.estimates["ne"], "{:.5f}")),
-                (f"{self.confidence:.0%} interval", lambda s: _interval(s.estimates["ne"], "{:.5f}")),
-            ]
-            groups = [("", "")]
-        for metric, title in (("calibration", "cal."), ("auc", "AUC")):
-            for prefix, suffix in groups:
-                columns.append((title + suffix, lambda s, n=prefix + metric: _number(s.estimates[n], "{:.4f}")))  # type: ignore[misc]
-        rows = [[title for title, _ in columns]] + [[cell(s) for _, cell in columns] for s in self.segments]
-        width = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-        align = [str.ljust, str.ljust] + [str.rjust] * (len(columns) - 2)
-        return "\n".join("  ".join(a(c, w) for a, c, w in zip(align, row, width, strict=True)).rstrip() for row in rows)
+        return terminal_table(self)
 
 
 def read_evaluation(path: str | os.PathLike[str]) -> Evaluation:
     """Reads evaluation.json. Raises DataError naming the file and what is wrong with it."""
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-        if tree["version"] != VERSION:
-            raise DataError(f"{path}: version is {tree['version']!r}, this c2al reads version {VERSION}")
-        tree["runs"] = tuple(tuple(run) for run in tree["runs"])
-        tree["segments"] = tuple(
-            Segment(**{**s, "estimates": {name: _estimate(e) for name, e in s["estimates"].items()}})
-            for s in tree["segments"]
-        )
-        return Evaluation(**tree)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
-        raise DataError(f"{path}: not a readable evaluation.json: {e!r}") from e
-
-
-def _estimate(tree: dict[str, Any]) -> Estimate:
-    interval = tree["interval"]
-    return Estimate(
-        **{**tree, "interval": None if interval is None else tuple(interval), "per_seed": tuple(tree["per_seed"])}
-    )
-
-
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _number(estimate: Estimate, form: str) -> str:
-    return "undefined" if estimate.value is None else form.format(estimate.value)
-
-
-def _interval(estimate: Estimate, form: str) -> str:
-    if estimate.interval is None:
-        return estimate.reason
-    low, high = (form.format(bound) for bound in estimate.interval)
-    return f"[{low}, {high}]"
+    return read_state(path, Evaluation, format=FORMAT, version=VERSION, error=DataError)

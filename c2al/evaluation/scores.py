@@ -6,32 +6,29 @@ Letters: N rows, A axes, J runs.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from c2al.config import Axis, DataConfig
-from c2al.data.arrow_types import decoded, is_text
-from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
+from c2al.bins import logit_bins
+from c2al.config import DataConfig
+from c2al.data.arrow_types import decoded, is_text, plain
 from c2al.data.hashing import hash64
+from c2al.data.scores_folder import check_marker
 from c2al.data.source import File, open_dataset
-from c2al.errors import CohortError, DataError
-from c2al.evaluation.bootstrap import logit_bins
-from c2al.evaluation.result import COHORT, OVERALL
+from c2al.errors import DataError
+from c2al.ne import PROBABILITY_CLIP
 
-CLIP = 1e-7
-"""Predictions are clipped to [CLIP, 1 - CLIP], in float64, before the logarithm: a float32
-sigmoid reaches 0 and 1, and one such row would make NE infinite."""
 BLOCK = 1 << 17
 """Most rows of a block; bounds memory when row groups are large."""
-MAX_SEGMENTS = 4096
-"""Of one categorical axis, where no cohorts.json names them."""
+UNIQUE_ROWS = 1 << 25
+"""Row ids that are sorted at a time in the search for duplicates."""
 
 Float = NDArray[np.float64]
+Segmenter = Callable[[pa.Table], NDArray[np.int32]]
+"""(N, A) index of each row's segment on each axis, -1 for none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +52,10 @@ class Block:
 
     user_N: NDArray[np.uint64]
     """Hash of user_id."""
+    item_N: NDArray[np.uint64]
+    """Hash of the item; all 0 where no item column was asked for."""
     segment_NA: NDArray[np.int32]
-    """Index into `Segments.names` on each axis, -1 for none."""
+    """Index of the row's segment on each axis, -1 for none."""
     label_N: NDArray[np.uint8]
     weight_N: Float
     loss_NJ: Float
@@ -66,94 +65,105 @@ class Block:
     """Logit bin of the prediction."""
 
     def sorted_by_user(self) -> "Block":
-        order = np.argsort(self.user_N, kind="stable")
-        return Block(**{f.name: getattr(self, f.name)[order] for f in dataclasses.fields(self)})
+        return self.take(np.argsort(self.user_N, kind="stable"))
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> "Block":
+        return Block(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
 
 def open_scores(path: str, data: DataConfig) -> Scores:
-    """The files of a folder written by `c2al score`, in the order of its rows.
+    """The files of a folder written by `c2al score` or by hand, in the order of its rows.
 
-    Raises DataError naming a folder that is not complete, or a column that is missing or of another type.
+    Raises DataError naming a folder that is not complete, a part that its marker lists otherwise, or a
+    column that is missing, there twice or of another type.
     """
     scores = Scores(path=path, files=open_dataset([path]), row_id=data.row_id, user_id=data.user_id)
-    kinds: dict[str, Callable[[pa.DataType], bool]] = {
-        scores.row_id: pa.types.is_integer,
-        scores.user_id: lambda kind: pa.types.is_integer(kind) or is_text(decoded(kind)),
-        **dict.fromkeys(("label", "weight", "prediction"), pa.types.is_floating),
+    for folder, file in {str(PurePosixPath(f.path).parent): f for f in scores.files}.items():
+        check_marker(folder, file.filesystem)
+    integer = ("an integer", pa.types.is_integer)
+    number = ("a number", lambda kind: pa.types.is_floating(kind) or pa.types.is_integer(kind))
+    kinds: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        scores.row_id: integer,
+        scores.user_id: ("an integer or a string", _is_id),
+        **dict.fromkeys(("label", "weight", "prediction"), number),
     }
     for file in scores.files:
-        marker = str(PurePosixPath(file.path).parent / "_complete.json")
-        if not file.filesystem.get_file_info(marker).is_file:
-            raise DataError(f"{path}: incomplete, it has no _complete.json; run `c2al score` again")
-        for column, fits in kinds.items():
-            if column not in file.schema.names:
-                raise DataError(f"{file.name}: column '{column}' is missing; is this a folder of `c2al score`?")
-            if not fits(kind := file.schema.field(column).type):
-                raise DataError(f"{file.name}: column '{column}' is {kind}, which `c2al score` never writes there")
+        for column, (wanted, fits) in kinds.items():
+            kind = column_type(file, column)
+            if not fits(kind):
+                raise DataError(f"{file.name}: column '{column}' is {kind}; evaluate needs {wanted} there")
+    _one_kind(scores, scores.user_id)
     return scores
 
 
-class Segments:
-    """Which segments there are, and which of them each row belongs to.
-
-    With `cohorts` (a cohorts.json): head and tail if a pair was chosen, and the cohorts of all its
-    axes. Without: the values of the categorical `axes` that occur in `scores`, null last.
-    Raises CohortError naming an axis column that the scores lack.
-    """
-
-    def __init__(self, cohorts: Path | None, axes: Sequence[Axis], scores: Scores):
-        self.names = [(OVERALL, OVERALL, "")]
-        """(axis, name, detail) of each segment."""
-        self._axes: list[AxisCohorts] = []
-        if cohorts is None:
-            found = [_categories(axis, scores) for axis in axes if axis.kind == "categorical"]
-        else:
-            read = read_cohorts(cohorts)
-            found = list(read.axes)
-            for spec in read.named:
-                self.names.append((COHORT, spec.label, f"{spec.axis} = {spec.name}"))
-                self._axes.append(AxisCohorts(name=spec.axis, columns=spec.columns, cohorts=(spec,)))
-        self.names += [(axis.name, cohort.name, "") for axis in found for cohort in axis.cohorts]
-        self._axes += found
-        self.columns = sorted({column for axis in self._axes for column in axis.columns})
-        for axis in self._axes:
-            _need(axis.columns, axis.name, scores)
-
-    def of(self, table: pa.Table) -> NDArray[np.int32]:
-        """(N, A) index into `names` of each row on each axis, the whole test set first; -1 for none."""
-        columns, base = [np.zeros(table.num_rows, dtype=np.int32)], np.int32(1)
-        for axis in self._axes:
-            codes = axis.codes(table)
-            columns.append(np.where(codes >= 0, codes + base, np.int32(-1)))
-            base += np.int32(len(axis.cohorts))
-        return np.stack(columns, axis=1)
+def column_type(file: File, column: str) -> pa.DataType:
+    """Raises DataError when the column is missing or there twice."""
+    found = file.schema.get_all_field_indices(column)
+    if not found:
+        raise DataError(f"{file.name}: column '{column}' is missing; is this a folder of `c2al score`?")
+    if len(found) > 1:
+        raise DataError(f"{file.name}: column '{column}' is there {len(found)} times")
+    return file.schema.field(found[0]).type
 
 
-def _need(columns: Sequence[str], axis: str, scores: Scores) -> None:
+def check_items(scores: Scores, column: str) -> None:
+    """Raises DataError when the scores do not carry a column of item ids."""
     for file in scores.files:
-        for column in columns:
-            if column not in file.schema.names:
-                raise CohortError(f"{file.name}: column '{column}' of axis '{axis}' is missing from the scores")
+        if not _is_id(kind := column_type(file, column)):
+            raise DataError(f"{file.name}: column '{column}' is {kind}; evaluate.items needs an integer or a string")
+    _one_kind(scores, column)
 
 
-def _categories(axis: Axis, scores: Scores) -> AxisCohorts:
-    values: set[Any] = set()
-    _need([axis.column], axis.name, scores)
-    for piece in _row_groups(scores, [axis.column]):
-        values.update(pc.unique(piece.table.column(axis.column)).to_pylist())
-        if len(values) > MAX_SEGMENTS:
-            raise CohortError(f"axis '{axis.name}': column '{axis.column}' has more than {MAX_SEGMENTS} values")
-    conditions = [Condition(column=axis.column, equals=v) for v in sorted(values - {None})]
-    if None in values:
-        conditions.append(Condition(column=axis.column, null=True))
-    cohorts = (
-        CohortSpec(axis=axis.name, name="null" if c.null else str(c.equals), conditions=(c,)) for c in conditions
-    )
-    return AxisCohorts(name=axis.name, columns=(axis.column,), cohorts=tuple(cohorts))
+def _one_kind(scores: Scores, column: str) -> None:
+    """Ids that are integers in one file and strings in another would be other ids."""
+    first = scores.files[0]
+    for file in scores.files[1:]:
+        if _is_text(file.schema.field(column).type) != _is_text(first.schema.field(column).type):
+            raise DataError(
+                f"{file.name}: column '{column}' is {file.schema.field(column).type}, "
+                f"but in {first.name} it is {first.schema.field(column).type}"
+            )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return is_text(decoded(kind))
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind)) or _is_text(kind)
+
+
+def check_unique(scores: Scores) -> None:
+    """Raises DataError naming both rows when two rows of a run have the same row id.
+
+    Memory: UNIQUE_ROWS ids, about; more rows are looked at in several passes.
+    """
+    shares = -(-scores.rows // UNIQUE_ROWS)
+    for share in range(shares):
+        parts = []
+        for piece in row_groups(scores, [scores.row_id]):
+            id_N = piece.integers(scores.row_id)
+            parts.append(id_N if shares == 1 else id_N[id_N % np.uint64(shares) == share])
+        id_N = np.sort(np.concatenate(parts))
+        twice = np.flatnonzero(id_N[1:] == id_N[:-1])
+        if len(twice):
+            _refuse_duplicate(scores, id_N[twice[0]])
+
+
+def _refuse_duplicate(scores: Scores, wanted: np.uint64) -> None:
+    places = []
+    for piece in row_groups(scores, [scores.row_id]):
+        for row in np.flatnonzero(piece.integers(scores.row_id) == wanted):
+            places.append((piece.at(np.array([row])), piece.column(scores.row_id)[int(row)]))
+            if len(places) == 2:
+                (first, value), (second, _) = places
+                raise DataError(
+                    f"{second}: {scores.row_id} {value} is there already, at {first}; a row must be scored once"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Consecutive rows of one row group of one run."""
 
     scores: Scores
@@ -163,7 +173,7 @@ class _Piece:
     """First row in it."""
     table: pa.Table
 
-    def slice(self, start: int, stop: int) -> "_Piece":
+    def slice(self, start: int, stop: int) -> "Piece":
         return dataclasses.replace(self, start=self.start + start, table=self.table.slice(start, stop - start))
 
     def column(self, name: str) -> pa.ChunkedArray:
@@ -182,59 +192,78 @@ class _Piece:
             raise DataError(f"{self.at(bad)}, row_id {row_id}: {name} {text}, is {values[bad[0]]}")
         return values
 
+    def integers(self, name: str) -> NDArray[np.uint64]:
+        """(N,) the 64 bits of integer values. Raises DataError at a null."""
+        column = self.column(name)
+        wide = column if pa.types.is_uint64(column.type) else column.cast(pa.int64())
+        return np.asarray(wide.to_numpy()).view(np.uint64)
+
+    def ids(self, name: str) -> NDArray[np.uint64]:
+        """(N,) hash of integer or string values. Raises DataError at a null."""
+        return hash64(self.column(name).combine_chunks())
+
     def at(self, rows: NDArray[np.int64]) -> str:
         """The first of these rows, as messages name it."""
         return f"{self.where}, row {self.start + int(rows[0])}"
 
 
-def blocks(runs: Sequence[Scores], segments: Segments) -> Iterator[Block]:
+def blocks(runs: Sequence[Scores], columns: Sequence[str], segment: Segmenter, items: str = "") -> Iterator[Block]:
     """The rows of all runs side by side, whatever files and row groups each lies in.
 
-    Users and axes are read from the first run. Raises DataError naming file, row group, row and value
-    when a value is outside its contract or two runs do not score the same rows in the same order.
+    columns: those that `segment` needs. Users, items and axes are read from the first run. Raises DataError
+    naming file, row group, row and value when a value is outside its contract or two runs do not score the
+    same rows in the same order.
     """
     for other in runs[1:]:
         if other.rows != runs[0].rows:
             raise DataError(
                 f"{other.path}: {other.rows} rows, but {runs[0].path} has {runs[0].rows}; they score different data"
             )
+    more = [runs[0].user_id, *([items] if items else []), *columns]
     streams = [
-        _row_groups(
-            run, [run.row_id, "label", "weight", "prediction", *([] if i else [run.user_id, *segments.columns])]
-        )
+        row_groups(run, [run.row_id, "label", "weight", "prediction", *([] if i else more)])
         for i, run in enumerate(runs)
     ]
     for pieces in _aligned(streams):
-        first = pieces[0]
         for other_piece in pieces[1:]:
-            _check_same_rows(first, other_piece)
-        label_N = first.valid("label", lambda y: (y == 0) | (y == 1), "must be 0 or 1")
-        weight_N = first.valid("weight", lambda w: (w >= 0) & (w < math.inf), "must be finite and not negative")
-        prediction_NJ = np.stack(
-            [p.valid("prediction", lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]") for p in pieces], axis=1
-        )
-        users = first.column(first.scores.user_id).combine_chunks()
-        clipped_NJ = np.clip(prediction_NJ, CLIP, 1 - CLIP)
-        log_p_NJ, log_not_p_NJ = np.log(clipped_NJ), np.log1p(-clipped_NJ)
-        yield Block(
-            user_N=hash64(users),
-            segment_NA=segments.of(first.table),
-            label_N=label_N.astype(np.uint8),
-            weight_N=weight_N,
-            loss_NJ=-np.where(label_N[:, None] == 1, log_p_NJ, log_not_p_NJ),
-            prediction_NJ=prediction_NJ,
-            bin_NJ=logit_bins(log_p_NJ - log_not_p_NJ),
-        )
+            _check_same_rows(pieces[0], other_piece)
+        yield _block(pieces, segment, items)
 
 
-def _row_groups(scores: Scores, columns: Sequence[str]) -> Iterator[_Piece]:
+def _block(pieces: Sequence[Piece], segment: Segmenter, items: str) -> Block:
+    first = pieces[0]
+    label_N = first.valid("label", lambda y: (y == 0) | (y == 1), "must be 0 or 1")
+    weight_N = first.valid("weight", lambda w: (w >= 0) & (w < math.inf), "must be finite and not negative")
+    prediction_NJ = np.stack(
+        [p.valid("prediction", lambda x: (x >= 0) & (x <= 1), "must lie in [0, 1]") for p in pieces], axis=1
+    )
+    clipped_NJ = np.clip(prediction_NJ, PROBABILITY_CLIP, 1 - PROBABILITY_CLIP)
+    log_p_NJ, log_not_p_NJ = np.log(clipped_NJ), np.log1p(-clipped_NJ)
+    return Block(
+        user_N=first.ids(first.scores.user_id),
+        item_N=first.ids(items) if items else np.zeros(len(label_N), np.uint64),
+        segment_NA=segment(first.table),
+        label_N=label_N.astype(np.uint8),
+        weight_N=weight_N,
+        loss_NJ=-np.where(label_N[:, None] == 1, log_p_NJ, log_not_p_NJ),
+        prediction_NJ=prediction_NJ,
+        bin_NJ=logit_bins(log_p_NJ - log_not_p_NJ),
+    )
+
+
+def row_groups(scores: Scores, columns: Sequence[str]) -> Iterator[Piece]:
+    """Each row group's `columns`, once each, strings without dictionaries. Raises what File.read raises."""
+    names = list(dict.fromkeys(columns))
     for file in scores.files:
         for i in range(len(file.row_group_rows)):
-            # An axis may lie on a column that is read anyway.
-            yield _Piece(scores, file.where(i), 0, file.read(i, list(dict.fromkeys(columns))))
+            table = file.read(i, names)
+            for k, name in enumerate(names):
+                if _is_text(table.schema.field(name).type):
+                    table = table.set_column(k, name, plain(table.column(name)))
+            yield Piece(scores, file.where(i), 0, table)
 
 
-def _aligned(streams: Sequence[Iterator[_Piece]]) -> Iterator[list[_Piece]]:
+def _aligned(streams: Sequence[Iterator[Piece]]) -> Iterator[list[Piece]]:
     """Cuts streams of equally many rows into pieces that hold the same positions of each."""
     heads = [next(stream, None) for stream in streams]
     while all(heads):
@@ -246,7 +275,7 @@ def _aligned(streams: Sequence[Iterator[_Piece]]) -> Iterator[list[_Piece]]:
             heads[i] = p.slice(size, rows) if rows > size else next(streams[i], None)
 
 
-def _check_same_rows(first: _Piece, other: _Piece) -> None:
+def _check_same_rows(first: Piece, other: Piece) -> None:
     for name in (first.scores.row_id, "label", "weight"):
         a, b = first.column(name).to_numpy(), other.column(name).to_numpy()
         different = np.flatnonzero(a != b)

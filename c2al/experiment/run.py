@@ -1,118 +1,124 @@
-"""Baseline against C2AL over paired seeds, and one report.
+"""Arms against the baseline over paired seeds, and one report.
 
-A seed's two models share initialisation and data order and differ in the auxiliary losses alone.
-Cohorts come from the first seed's baseline. Every stage leaves a finished folder, so the same
-command goes on where an earlier one stopped.
+The trainings of a seed share data order and the initialisation of everything they have in common; they
+differ in what their arm says. Cohorts come from the first seed's baseline. Every training is a folder
+that is found again, so the same command goes on where an earlier one stopped, and several processes or
+hosts may work on one folder: each takes what no other one is doing.
 """
 
-import dataclasses
-import importlib.metadata
-import json
-import platform
-from collections.abc import Sequence
 from pathlib import Path
 
-from c2al.config import Config, load_config, replace, save_config
-from c2al.discovery.discover import discover
+from c2al.config import BASELINE, Config
+from c2al.data.schema import check_columns
+from c2al.data.source import open_dataset
 from c2al.distributed.process import World
 from c2al.errors import ConfigError
 from c2al.evaluation.evaluate import evaluate
-from c2al.evaluation.result import COHORT, OVERALL
-from c2al.files import write_atomically
-from c2al.report.densities import draw_densities
-from c2al.report.html import write_report
-from c2al.serving.export import export
-from c2al.training.score import score
-from c2al.training.trainer import train
+from c2al.evaluation.result import Arm as EvaluatedArm
+from c2al.evaluation.result import Evaluation
+from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_discovery, train_arm
+from c2al.experiment.bench import Bench, Share
+from c2al.experiment.folder import SPLITS, claim, start
+from c2al.experiment.plan import arm_trials, arms_of
+from c2al.report.record import Record
+
+EVERYTHING = Share()
 
 
-def experiment(config: Config, output: Path, world: World, command: str) -> Path:
-    """Runs every stage not yet finished in `output` and returns the path of the HTML report.
+def experiment(config: Config, output: Path, world: World, command: str, share: Share = EVERYTHING) -> Path | None:
+    """Does every stage that is not done yet in `output`, or `share` of them.
 
-    Raises ConfigError for a configuration that is no experiment, CohortError when discovery finds
-    no pair of cohorts that noise could not explain, and what the stages raise.
+    Returns the path of the HTML report; None while other processes still work on the experiment: the
+    report is written by whichever ends last.
+
+    Raises ConfigError for a configuration that is no experiment or not the folder's, DataError when a
+    split lacks what a stage needs (before the first step), and what the stages raise. That no pair of
+    cohorts differs beyond noise is a finding of the arms concerned, not an error.
     """
-    _check(config)
-    world.once(lambda: _start(config, output, command))
-    first, *_ = seeds = config.experiment.seeds
+    check(config, share)
+    world.together(lambda: check_data(config))
+    world.once(lambda: start(config, output, command))
+    bench = Bench(config, output, world, share)
+    trials, selected = bench.baseline()
+    base = trials[selected]
+    discovery = run_discovery(bench, base)
+    plans = [plan_arm(bench, arm, base.config, discovery) for arm in arms_of(config)]
+    for plan in plans:
+        train_arm(bench, plan)
 
-    for seed in seeds:
-        baseline = output / f"seed_{seed}" / "baseline"
-        train(replace(config, seed=seed), baseline / "run", world)
-        _score_once(baseline / "run", config.data.test, baseline / "scores_test", world)
-    base = output / f"seed_{first}" / "baseline"
-    split = config.data.validation if config.experiment.discover_on == "validation" else config.data.train
-    _score_once(base / "run", split, base / "scores_discover", world)
-    cohorts = output / "cohorts" / "cohorts.json"
-    if not cohorts.exists():
-        discover([str(base / "scores_discover")], config.axes, config.discover, cohorts.parent, world, config.data)
-        world.once(lambda: draw_densities(cohorts.parent))
-
-    for seed in seeds:
-        c2al = output / f"seed_{seed}" / "c2al"
-        lambdas = {"train.auxiliary_lambda": config.experiment.auxiliary_lambda}
-        train(replace(config, seed=seed, **lambdas), c2al / "run", world, cohorts)
-        _score_once(c2al / "run", config.data.test, c2al / "scores_test", world)
-
-    served = output / f"seed_{first}" / "c2al"
-    if world.size == 1 and not (served / "serving").exists():
-        export(served / "run", config.data.test, served / "serving", world)
-
-    def report() -> Path:
-        pairs = [tuple(str(output / f"seed_{s}" / a / "scores_test") for a in ("baseline", "c2al")) for s in seeds]
-        result = evaluate(pairs, cohorts, config.axes, config.evaluate, config.seed, output / "evaluation", config.data)
-        path = write_report(output)
-        summary = tuple(s for s in result.segments if s.axis in (OVERALL, COHORT))
-        print(dataclasses.replace(result, segments=summary).table())
-        return path
-
-    return world.once(report)
+    baseline = baseline_record(bench, trials)
+    records = [arm_record(bench, plan) for plan in plans]
+    if baseline is None or any(r is None for r in records):
+        return None
+    record = Record(
+        seeds=config.experiment.seeds,
+        discovery="" if discovery.folder is None else discovery.folder.name,
+        finding=discovery.finding,
+        baseline=baseline,
+        arms=tuple(r for r in records if r is not None),
+    )
+    return world.once(lambda: _judge(record, config, output))
 
 
-def _check(config: Config) -> None:
-    problems = []
+def _judge(record: Record, config: Config, output: Path) -> Path | None:
+    """Evaluates all arms and writes the report; None when another process is doing just that."""
+    with claim(output / ".claims" / "report") as mine:
+        if not mine:
+            return None
+        record.write(output)
+        evaluation = evaluate_record(record, config, output)
+        print(evaluation.table())
+        return output / "report.html"
+
+
+def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
+    """Every arm that came to something against the baseline, and every arm with chosen cohorts against its placebo."""
+    done = [record.baseline, *(a for a in record.arms if a.selected is not None)]
+    arms = [
+        EvaluatedArm(name=a.name, seeds=record.seeds, folders=tuple(str(output / s) for s in a.scores)) for a in done
+    ]
+    placebos = [a.name for a in done if a.source == "shuffled"]
+    treated = [a.name for a in done if a.source in ("chosen", "one", "random", "least", "file")]
+    cohorts = output / record.discovery / "cohorts.json" if record.discovery else None
+    return evaluate(
+        arms,
+        cohorts,
+        config.axes,
+        config.evaluate,
+        config.seed,
+        output / "evaluation",
+        config.data,
+        comparisons=[(arm, placebo) for arm in treated for placebo in placebos],
+    )
+
+
+def check(config: Config, share: Share) -> None:
+    """Raises ConfigError with every problem of a configuration that is no experiment."""
+    problems = share_problems(share, config)
     if config.train.auxiliary:
-        problems.append(
-            "train.auxiliary_lambda, train.lambdas: must be 0; experiment.auxiliary_lambda is the C2AL runs'"
-        )
-    for split in ("train", "validation", "test"):
-        if not getattr(config.data, split):
-            problems.append(f"data.{split}: an experiment needs all three splits")
-    if not config.axes:
-        problems.append("axes: an experiment needs at least one axis to discover cohorts on")
+        problems.append("train: auxiliary losses are what the arms add; the experiment's own lambdas must be 0")
+    problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
+    needs_axes = [a.name for a in arms_of(config) if a.cohorts not in ("none", "file")]
+    if needs_axes and not config.axes:
+        problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
+    for arm in arms_of(config):
+        try:
+            arm_trials(arm, config, ())
+        except ConfigError as e:
+            problems += [f"arm '{arm.name}': {p}" for p in e.problems]
     if problems:
         raise ConfigError(problems)
 
 
-def _start(config: Config, output: Path, command: str) -> None:
-    """Writes what the report says of the experiment itself; refuses the folder of another one."""
-    known = output / "config.toml"
-    if known.exists() and load_config(known) != config:
-        raise ConfigError(f"{output}: holds an experiment of another config ({known}); give another --output")
-    save_config(config, known)
-    write_atomically(output / "command.txt", command + "\n")
-    names = (
-        "torch",
-        "torchrec",
-        "fbgemm-gpu-cpu",
-        "fbgemm-gpu",
-        "triton",
-        "numpy",
-        "numba",
-        "pyarrow",
-        "scipy",
-        "c2al",
-    )
-    versions = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    write_atomically(output / "versions.json", json.dumps(versions, indent=2) + "\n")
+def check_data(config: Config) -> None:
+    """Raises DataError when a split lacks a file, a column or a type that any stage needs: before the first step."""
+    columns = tuple(dict.fromkeys(a.column for a in config.axes if a.column))
+    for split in SPLITS:
+        check_columns(open_dataset(getattr(config.data, split)), config.data, columns)
 
 
-def _score_once(run_path: Path, data: Sequence[str], folder: Path, world: World) -> None:
-    """Scores unless an earlier command did: the folder is renamed into place when it is whole."""
-    if not folder.exists():
-        score(run_path, data, folder, world)
+def share_problems(share: Share, config: Config) -> list[str]:
+    """What of `share` this experiment does not have."""
+    known, seeds = [BASELINE, *(a.name for a in arms_of(config))], config.experiment.seeds
+    wrong = [f"--arms: no arm is named '{a}'; there are {', '.join(known)}" for a in share.arms if a not in known]
+    return wrong + [f"--seeds: {s} is none of experiment.seeds = {list(seeds)}" for s in share.seeds if s not in seeds]

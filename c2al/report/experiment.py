@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from c2al.bins import BINS, LIMIT
 from c2al.config import Config, load_config
 from c2al.errors import DataError
 from c2al.evaluation import bootstrap
 from c2al.evaluation.result import Evaluation, read_evaluation
-from c2al.evaluation.scores import Segments, blocks, open_scores
+from c2al.evaluation.scores import blocks, open_scores
+from c2al.evaluation.segments import Segments
 
 Float = NDArray[np.float64]
 Line = tuple[Float, Float]
@@ -31,7 +33,7 @@ Line = tuple[Float, Float]
 ARMS = {"baseline": "baseline", "C2AL": "c2al"}
 """Name in the report -> folder."""
 _COARSE = 16
-"""Fine logit bins of `bootstrap` in one bin of a density."""
+"""Fine logit bins of c2al.bins in one bin of a density."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +72,13 @@ class Experiment:
         runs = [open_scores(str(folder), config.data) for folder in folders]
         segments = Segments(self.path / "cohorts" / "cohorts.json", (), runs[0])
         rows_G2 = np.zeros((3, 2), dtype=np.int64)
-        histogram_GJ2K = np.zeros((3, len(runs), 2, bootstrap.BINS))
-        for block in blocks(runs, segments):
+        histogram_GJ2K = np.zeros((3, len(runs), 2, BINS))
+        for block in blocks(runs, segments.columns, segments.of):
             # Columns 1 and 2 are head and tail, segments 1 and 2.
             pair_N2 = np.ascontiguousarray(block.segment_NA[:, 1:3])
             bootstrap.count(pair_N2, block.label_N, block.weight_N, block.bin_NJ, rows_G2, histogram_GJ2K)
         mass_GJK = histogram_GJ2K.sum(axis=2).reshape(3, len(runs), -1, _COARSE).sum(axis=-1)[1:]
-        edges = np.linspace(-bootstrap.LIMIT, bootstrap.LIMIT, mass_GJK.shape[-1] + 1)
+        edges = np.linspace(-LIMIT, LIMIT, mass_GJK.shape[-1] + 1)
         share_GJK = mass_GJK / np.maximum(mass_GJK.sum(axis=-1, keepdims=True), 1e-300)
         drawn = np.flatnonzero((share_GJK > 1e-4).any(axis=(0, 1)))
         low, high = (drawn[0], drawn[-1] + 1) if len(drawn) else (0, len(edges) - 1)

@@ -89,7 +89,7 @@ def segment_bars(axis: str, segments: Sequence[Segment], overall: float | None) 
     with _figure(1, 1, 0.85 + 0.27 * len(segments)) as (figure, grid):
         ax = grid[0, 0]
         for i, segment in enumerate(segments):
-            estimate = segment.estimates["ne_diff"]
+            estimate = segment.differences[0].estimates["ne"]
             if estimate.value is None:
                 ax.text(0, i, f" undefined: {estimate.reason}", va="center", fontsize=8, alpha=0.7)
                 continue

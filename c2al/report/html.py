@@ -46,7 +46,7 @@ def _result(e: Experiment) -> str:
     train = e.config.experiment
     seed_note = (
         f"Values are means over {len(seeds)} seeds; the seed column is the standard deviation of NE_diff from seed to "
-        "seed. The interval leaves it out: it says how far other users, not another initialisation, would move it."
+        "seed. The interval covers users and seeds together."
         if len(seeds) > 1
         else "One seed was run: how far another initialisation would move these numbers is not known."
     )
@@ -67,11 +67,11 @@ def _result(e: Experiment) -> str:
                 _name(s),
                 f"{s.rows:,}",
                 f"{s.positives:,}",
-                _value(s.estimates["baseline.ne"], "{:.5f}"),
-                _value(s.estimates["c2al.ne"], "{:.5f}"),
-                _value(s.estimates["ne_diff"], "{:+.3%}"),
-                _interval(s.estimates["ne_diff"], "{:+.3%}"),
-                *([_number(s.estimates["ne_diff"].seed_std, "{:.3%}")] * (len(seeds) > 1)),
+                _value(s.arms["baseline"]["ne"], "{:.5f}"),
+                _value(s.arms["c2al"]["ne"], "{:.5f}"),
+                _value(s.differences[0].estimates["ne"], "{:+.3%}"),
+                _interval(s.differences[0].estimates["ne"], "{:+.3%}"),
+                *([_number(s.differences[0].estimates["ne"].seed_std, "{:.3%}")] * (len(seeds) > 1)),
             ]
             for s in main
         ],
@@ -83,10 +83,10 @@ def _result(e: Experiment) -> str:
             [
                 _name(s),
                 arm,
-                _value(s.estimates[f"{prefix}.calibration"], "{:.4f}"),
-                _interval(s.estimates[f"{prefix}.calibration"], "{:.4f}"),
-                _value(s.estimates[f"{prefix}.auc"], "{:.5f}"),
-                _interval(s.estimates[f"{prefix}.auc"], "{:.5f}"),
+                _value(s.arms[prefix]["calibration"], "{:.4f}"),
+                _interval(s.arms[prefix]["calibration"], "{:.4f}"),
+                _value(s.arms[prefix]["auc"], "{:.5f}"),
+                _interval(s.arms[prefix]["auc"], "{:.5f}"),
             ]
             for s in main
             for arm, prefix in ARMS.items()
@@ -101,8 +101,8 @@ initialisation and data order and differ in the auxiliary losses alone (lambda
 {train.auxiliary_lambda:g}), which exist in training only.</p>
 <div class="tiles">{tiles}</div>
 {table}
-<p class="note">{evaluation.confidence:.0%} percentile intervals of a paired bootstrap over users,
-{evaluation.replicates:,} replicates. {seed_note}</p>
+<p class="note">{evaluation.confidence:.0%} intervals over users (paired bootstrap,
+{evaluation.replicates:,} replicates) and seeds. {seed_note}</p>
 {_per_seed(main, seeds)}
 {more}
 <p class="note">Calibration is the sum of predictions over the sum of labels. AUC comes from bins of the logit and is
@@ -112,26 +112,24 @@ within {max(s.auc_error or 0 for s in main):.1g} of the exact one.</p>"""
 def _headline(e: Experiment) -> str:
     overall = e.evaluation.segment(OVERALL, OVERALL)
     assert overall is not None
-    estimate = overall.estimates["ne_diff"]
+    estimate = overall.differences[0].estimates["ne"]
     if estimate.value is None:
         return _text(f"NE_diff is undefined on this test set: {estimate.reason}.")
     if estimate.interval is None:
         return _text(f"NE_diff is {estimate.value:+.3%} overall, with {estimate.reason}: no conclusion.")
     low, high = estimate.interval
     if high < 0:
-        said = f"C2AL lowers test NE by {-estimate.value:.3%} overall: the interval over users lies below 0."
+        said = f"C2AL lowers test NE by {-estimate.value:.3%} overall: the interval lies below 0."
     elif low > 0:
-        said = (
-            f"C2AL is worse here: it raises test NE by {estimate.value:.3%}, and the interval over users lies above 0."
-        )
+        said = f"C2AL is worse here: it raises test NE by {estimate.value:.3%}, and the interval lies above 0."
     else:
-        said = f"No overall effect is shown: NE_diff is {estimate.value:+.3%}, and its interval over users contains 0."
+        said = f"No overall effect is shown: NE_diff is {estimate.value:+.3%}, and its interval contains 0."
     lower = sum(value is not None and value < 0 for value in estimate.per_seed)
     return said + f" It is negative in {lower} of {len(estimate.per_seed)} seeds." * (len(estimate.per_seed) > 1)
 
 
 def _tile(s: Segment, confidence: float) -> str:
-    estimate = s.estimates["ne_diff"]
+    estimate = s.differences[0].estimates["ne"]
     tone = ""
     if estimate.interval is not None:
         tone = "better" if estimate.interval[1] < 0 else "worse" if estimate.interval[0] > 0 else ""
@@ -157,7 +155,7 @@ def _per_seed(segments: Sequence[Segment], seeds: Sequence[int]) -> str:
     if len(seeds) == 1:
         return ""
     rows = [
-        [_name(s), *(_number(v, "{:+.3%}") for v in s.estimates["ne_diff"].per_seed)] for s in segments
+        [_name(s), *(_number(v, "{:+.3%}") for v in s.differences[0].estimates["ne"].per_seed)] for s in segments
     ]  # fmt: skip
     return "<h3>NE_diff of each seed</h3>" + _table(["", *(f"seed {s}" for s in seeds)], rows, text=(0,))
 
@@ -170,17 +168,17 @@ def _segments(e: Experiment) -> str:
     judged = excluding = 0
     for axis in axes:
         segments = [s for s in e.evaluation.segments if s.axis == axis]
-        intervals = [s.estimates["ne_diff"].interval for s in segments]
+        intervals = [s.differences[0].estimates["ne"].interval for s in segments]
         judged += sum(i is not None for i in intervals)
         excluding += sum(i is not None and (i[0] > 0 or i[1] < 0) for i in intervals)
         largest = {s.name for s in sorted(segments, key=lambda s: -s.rows)[:MOST_SEGMENTS]}
         shown = [s for s in segments if s.name in largest]
         left = len(segments) - len(shown)
         caption = f"The {len(shown)} largest of {len(segments)} segments." if left else ""
-        drawn.append(_figure(figures.segment_bars(axis, shown, overall.estimates["ne_diff"].value), caption))
+        drawn.append(_figure(figures.segment_bars(axis, shown, overall.differences[0].estimates["ne"].value), caption))
     expected = judged * (1 - e.evaluation.confidence)
     return f"""<h2>NE_diff by segment</h2>
-<p>Bars are NE_diff, lines its {e.evaluation.confidence:.0%} interval over users, the dashed line the whole test set;
+<p>Bars are NE_diff, lines its {e.evaluation.confidence:.0%} interval, the dashed line the whole test set;
 in brackets the rows. A pale bar's interval contains 0; a dotted one has too few users for an interval. {excluding} of
 {judged} intervals exclude 0; were there no effect anywhere, about {expected:.1f} would.</p>
 {"".join(drawn)}

@@ -18,12 +18,25 @@ from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_conf
 from c2al.data.hashing import hash64
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.evaluation.bootstrap import poisson_weights
-from c2al.evaluation.evaluate import evaluate
-from c2al.evaluation.result import read_evaluation
+from c2al.evaluation.evaluate import evaluate as evaluate_arms
+from c2al.evaluation.evaluate import paired
+from c2al.evaluation.intervals import Spread
+from c2al.evaluation.result import Estimate, Evaluation, Segment, read_evaluation
 from c2al.jobs import evaluate as job
 
 SMALL = EvaluateConfig(replicates=50)
 AXIS = (Axis(name="surface", column="tab"),)
+
+
+def evaluate(runs: Sequence[Sequence[Any]], *rest: Any) -> Evaluation:
+    """Of one (baseline, c2al) per seed, or of one (scores,)."""
+    return evaluate_arms(paired(runs), *rest)
+
+
+def estimates(segment: Segment) -> dict[str, Estimate]:
+    """All of a segment, by one name each."""
+    found = {f"{arm}.{metric}": e for arm, metrics in segment.arms.items() for metric, e in metrics.items()}
+    return found | {f"{metric}_diff": e for d in segment.differences for metric, e in d.estimates.items()}
 
 
 def impressions(users: int = 150, rows: int = 400, seed: int = 0, weights: bool = False) -> dict[str, np.ndarray]:
@@ -99,25 +112,28 @@ def test_everything_against_a_bootstrap_written_out(tmp_path: Path):
             base = ne(y, p[0][s][rows], w)
             return (ne(y, p[1][s][rows], w) - base) / base
 
-        estimate = segment.estimates["ne_diff"]
+        estimate = estimates(segment)["ne_diff"]
         per_seed = [diff(0, w), diff(1, w)]
         assert estimate.per_seed == pytest.approx(per_seed, rel=1e-9)
         assert estimate.value == pytest.approx(np.mean(per_seed), rel=1e-9)
         assert estimate.seed_std == pytest.approx(np.std(per_seed, ddof=1), rel=1e-9)
         resampled = [(diff(0, w * w_NR[rows, r]) + diff(1, w * w_NR[rows, r])) / 2 for r in range(50)]
-        assert estimate.interval == pytest.approx(np.quantile(resampled, [0.025, 0.975]), rel=1e-9)
+        assert estimate.users_interval == pytest.approx(np.quantile(resampled, [0.025, 0.975]), rel=1e-9)
+        two = np.array([[diff(s, w * w_NR[rows, r]) for r in range(50)] for s in range(2)])
+        shared = np.mean((two[0] - two[0].mean()) * (two[1] - two[1].mean())) * 50 / 49
+        assert estimate.users_std == pytest.approx(math.sqrt(max(shared, 0)), rel=1e-7)
+        found = Spread(np.mean(per_seed), max(shared, 0), np.var(per_seed, ddof=1) / 2, segment.users - 1, 1)
+        assert estimate.interval == pytest.approx(found.interval(0.95), rel=1e-7)
 
-        for i, prefix in enumerate(("baseline.", "c2al.")):
+        for i, arm in enumerate(("baseline", "c2al")):
             calibration = [(w * q[rows]).sum() / (w * y).sum() for q in p[i]]
-            assert segment.estimates[prefix + "ne"].per_seed == pytest.approx([ne(y, q[rows], w) for q in p[i]])
-            assert segment.estimates[prefix + "calibration"].per_seed == pytest.approx(calibration)
+            assert segment.arms[arm]["ne"].per_seed == pytest.approx([ne(y, q[rows], w) for q in p[i]])
+            assert segment.arms[arm]["calibration"].per_seed == pytest.approx(calibration)
             exact = [auc(y, q[rows], w) for q in p[i]]
-            assert (
-                np.abs(np.subtract(segment.estimates[prefix + "auc"].per_seed, exact)).max() <= segment.auc_error < 0.01
-            )
+            assert np.abs(np.subtract(segment.arms[arm]["auc"].per_seed, exact)).max() <= segment.auc_error < 0.01
         # The Hajek projection drops terms of order 1 / users: 150 users, intervals about 0.1 wide.
         resampled = [np.mean([auc(y, q[rows], w * w_NR[rows, r]) for q in p[0]]) for r in range(50)]
-        assert segment.estimates["baseline.auc"].interval == pytest.approx(
+        assert segment.arms["baseline"]["auc"].users_interval == pytest.approx(
             np.quantile(resampled, [0.025, 0.975]), abs=0.01
         )
 
@@ -154,9 +170,10 @@ def test_same_answer_for_any_files_row_groups_and_row_order(tmp_path: Path):
     for other in results[1:]:
         for a, b in zip(results[0].segments, other.segments, strict=True):
             assert (a.axis, a.name, a.rows, a.positives) == (b.axis, b.name, b.rows, b.positives)
-            for name, estimate in a.estimates.items():
-                assert b.estimates[name].value == pytest.approx(estimate.value, rel=1e-11)
-                assert b.estimates[name].interval == pytest.approx(estimate.interval, rel=1e-11)
+            for name, estimate in estimates(a).items():
+                assert estimates(b)[name].value == pytest.approx(estimate.value, rel=1e-11)
+                assert estimates(b)[name].interval == pytest.approx(estimate.interval, rel=1e-9)
+                assert estimates(b)[name].users_interval == pytest.approx(estimate.users_interval, rel=1e-11)
 
 
 def cohorts_json(path: Path, chosen: bool = True) -> Path:
@@ -185,9 +202,9 @@ def test_cohorts_file_gives_head_tail_and_empty_segments(tmp_path: Path):
     ]
     head, same, never = (got.segments[i] for i in (1, 3, 5))
     assert head.detail == "surface = a"
-    assert (head.estimates, head.users) == (same.estimates, same.users)
-    assert (never.rows, never.estimates["ne_diff"].value) == (0, None)
-    assert never.estimates["ne_diff"].reason == "no rows"
+    assert (estimates(head), head.users) == (estimates(same), same.users)
+    assert (never.rows, estimates(never)["ne_diff"].value) == (0, None)
+    assert estimates(never)["ne_diff"].reason == "no rows"
 
     none = evaluate(runs, cohorts_json(tmp_path / "none.json", chosen=False), (), SMALL, 0, tmp_path / "none")
     assert [s.axis for s in none.segments] == ["overall", "surface", "surface", "surface"]
@@ -205,16 +222,16 @@ def test_segments_that_cannot_be_judged_say_why(tmp_path: Path):
     assert set(by_name) == {"overall", "enough", "few", "cold", "hot", "null"}
     for name, reason in (("cold", "no positives"), ("hot", "no negatives")):
         for estimate in ("ne_diff", "baseline.ne", "c2al.auc", "auc_diff"):
-            assert by_name[name].estimates[estimate].value is None
-            assert by_name[name].estimates[estimate].reason == reason
+            assert estimates(by_name[name])[estimate].value is None
+            assert estimates(by_name[name])[estimate].reason == reason
     assert by_name["cold"].auc_error is None
-    assert by_name["cold"].estimates["baseline.calibration"].value is None
-    assert by_name["hot"].estimates["baseline.calibration"].value is not None
-    few = by_name["few"].estimates["ne_diff"]
+    assert estimates(by_name["cold"])["baseline.calibration"].value is None
+    assert estimates(by_name["hot"])["baseline.calibration"].value is not None
+    few = estimates(by_name["few"])["ne_diff"]
     assert few.value is not None
     assert few.interval is None
     assert "effective users" in few.reason
-    assert by_name["enough"].estimates["ne_diff"].interval is not None
+    assert estimates(by_name["enough"])["ne_diff"].interval is not None
     table = read_evaluation(tmp_path / "out" / "evaluation.json").table()
     assert re.search(r"cold +[\d,]+ +0 +undefined +undefined +undefined +no positives", table)
 
@@ -235,8 +252,10 @@ def test_saturated_predictions_are_clipped(tmp_path: Path):
     p = np.where(data["label"] == 1, 0.0, 1.0).astype(np.float32)
     got = evaluate([(write(tmp_path / "0", data, p),)], None, (), SMALL, 0, tmp_path / "o").segments[0]
     q = data["label"].mean(dtype=float)
-    assert got.estimates["ne"].value == pytest.approx(math.log(1e7) / -(q * math.log(q) + (1 - q) * math.log(1 - q)))
-    assert got.estimates["auc"].value == 0
+    assert got.arms["scores"]["ne"].value == pytest.approx(
+        math.log(1e7) / -(q * math.log(q) + (1 - q) * math.log(1 - q))
+    )
+    assert got.arms["scores"]["auc"].value == 0
 
 
 def test_files_read_back_equal_and_csv_agrees(tmp_path: Path):
@@ -245,14 +264,17 @@ def test_files_read_back_equal_and_csv_agrees(tmp_path: Path):
     got = evaluate(runs, None, AXIS, SMALL, 0, tmp_path / "out")
     assert read_evaluation(tmp_path / "out" / "evaluation.json") == got
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").open()))
-    assert [r["segment"] for r in rows] == ["overall", "a", "b"]
-    estimate = got.segments[1].estimates["ne_diff"]
-    assert (float(rows[1]["ne_diff.value"]), float(rows[1]["ne_diff.low"])) == (estimate.value, estimate.interval[0])
+    assert [r["segment"] for r in rows if r["metric"] == "ne_diff"] == ["overall", "a", "b"]
+    for segment in got.segments:
+        (row,) = [r for r in rows if (r["segment"], r["metric"]) == (segment.name, "ne_diff")]
+        estimate = estimates(segment)["ne_diff"]
+        assert (float(row["value"]), float(row["low"])) == (estimate.value, estimate.interval[0])
+        assert float(row["corrected_p"]) == segment.differences[0].judgement.corrected_p
 
 
 def test_another_version_is_refused(tmp_path: Path):
-    (tmp_path / "evaluation.json").write_text('{"version": 99}')
-    with pytest.raises(DataError, match=r"evaluation\.json.*version is 99"):
+    (tmp_path / "evaluation.json").write_text('{"format": "c2al.evaluation", "version": 99}')
+    with pytest.raises(DataError, match=r"evaluation\.json.*version 99; this c2al reads"):
         read_evaluation(tmp_path / "evaluation.json")
 
 
@@ -376,10 +398,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert load_config(tmp_path / "out" / "config.toml").evaluate.replicates == 30
     assert read_evaluation(tmp_path / "out" / "evaluation.json").replicates == 30
     job.run(parser.parse_args([*words, "--scores", pair[0]]), [])
-    assert set(read_evaluation(tmp_path / "out" / "evaluation.json").segments[0].estimates) == {
+    assert set(read_evaluation(tmp_path / "out" / "evaluation.json").segments[0].arms["scores"]) == {
         "ne",
         "calibration",
         "auc",
+        "gauc",
     }
 
 
@@ -409,7 +432,11 @@ def test_intervals_of_a_null_difference_cover(tmp_path: Path):
             own = {**data, "user_id": user if unit == "user" else np.arange(len(user))}
             runs = [tuple(write(tmp_path / f"{unit}{draw}{i}", own, p[i].astype(np.float32)) for i in range(2))]
             low, high = (
-                evaluate(runs, None, (), config, draw, tmp_path / "out").segments[0].estimates["ne_diff"].interval
+                evaluate(runs, None, (), config, draw, tmp_path / "out")
+                .segments[0]
+                .differences[0]
+                .estimates["ne"]
+                .interval
             )
             covered[unit] += low <= 0 <= high
     print({unit: n / draws for unit, n in covered.items()})
@@ -422,7 +449,7 @@ def test_estimate_is_json_without_nan(tmp_path: Path):
     data = impressions(rows=5)
     data["label"][:] = 0
     got = evaluate([(write(tmp_path / "0", data, predictions(data, 0)),)], None, (), SMALL, 0, tmp_path / "out")
-    assert got.segments[0].estimates["ne"] == dataclasses.replace(
-        got.segments[0].estimates["ne"], value=None, interval=None, per_seed=(None,), reason="no positives"
+    assert got.segments[0].arms["scores"]["ne"] == dataclasses.replace(
+        got.segments[0].arms["scores"]["ne"], value=None, interval=None, per_seed=(None,), reason="no positives"
     )
     assert "NaN" not in (tmp_path / "out" / "evaluation.json").read_text()

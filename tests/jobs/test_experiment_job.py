@@ -10,7 +10,7 @@ from c2al.__main__ import main
 from c2al.config import load_config, replace, save_config
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
-from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.evaluate import evaluate, paired
 from c2al.experiment.run import experiment
 from c2al.training.score import score
 from c2al.training.trainer import train
@@ -38,7 +38,7 @@ def test_it_ends_with_a_report_and_every_number_behind_it(done):
     evaluation = json.loads((out / "evaluation" / "evaluation.json").read_text())
     names = [(s["axis"], s["name"]) for s in evaluation["segments"]]
     assert names[:3] == [("overall", "overall"), ("cohort", "head"), ("cohort", "tail")]
-    overall = evaluation["segments"][0]["estimates"]
+    overall = {"ne_diff": evaluation["segments"][0]["differences"][0]["estimates"]["ne"]}
     assert len(overall["ne_diff"]["per_seed"]) == 2
     low, high = overall["ne_diff"]["interval"]
     assert low <= overall["ne_diff"]["value"] <= high
@@ -89,8 +89,10 @@ def test_baseline_on_real_impressions(tmp_path):
     with process_group(config.dist) as world:
         train(config, tmp_path / "run", world)
         score(tmp_path / "run", config.data.test, tmp_path / "scores", world)
-    result = evaluate([(tmp_path / "scores",)], None, (), config.evaluate, 0, tmp_path / "evaluation", config.data)
-    ne = result.segments[0].estimates["ne"].value
+    result = evaluate(
+        paired([(tmp_path / "scores",)]), None, (), config.evaluate, 0, tmp_path / "evaluation", config.data
+    )
+    ne = result.segments[0].arms["scores"]["ne"].value
     assert result.rows == 29_434
     assert ne is not None
     assert ne < 0.872

@@ -14,7 +14,7 @@ from torch import nn
 
 from c2al.config import Config, parse_config, save_config
 from c2al.errors import DataError
-from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.evaluate import evaluate, paired
 from c2al.nn.interactions import StaticY, YSource
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
@@ -80,7 +80,8 @@ def cohorts_json() -> dict[str, Any]:
     tabs = [cohort(n, "tab", r) for n, r in (("feed", 5000), ("search", 3000), (HOSTILE, 400), ("never", 10))]
     degrees = [cohort(n, "degree", r) for n, r in (("full", 6000), ("low", 2000))]
     return {
-        "version": 1,
+        "format": "c2al.cohorts",
+        "version": 2,
         "rule": {"measure": "js", "confidence": 0.95, "correction": "bonferroni", "tested_pairs": 7},
         "chosen": {
             "head": {"axis": "tab", **{k: tabs[0][k] for k in ("name", "conditions")}},
@@ -149,7 +150,7 @@ def make_experiment(folder: Path, gain: float = 0.15, seeds: tuple[int, ...] = (
             (folder / f"seed_{seed}" / arm / "run" / "metrics.jsonl").write_text(metrics(arm, seed))
     pairs = [tuple(folder / f"seed_{s}" / arm / "scores_test" for arm in ("baseline", "c2al")) for s in seeds]
     cohorts = folder / "cohorts" / "cohorts.json"
-    evaluate(pairs, cohorts, config.axes, config.evaluate, 0, folder / "evaluation", config.data)
+    evaluate(paired(pairs), cohorts, config.axes, config.evaluate, 0, folder / "evaluation", config.data)
     return config
 
 
@@ -205,7 +206,7 @@ def test_report_holds_the_numbers_of_the_evaluation(experiment: Path):
     result = page.tables[0]
     assert [row[0] for row in result[1:]] == ["overall", "head (tab = feed)", f"tail (tab = {HOSTILE})"]
     for row, segment in zip(result[1:], tree["segments"], strict=False):
-        estimate = segment["estimates"]["ne_diff"]
+        estimate = segment["differences"][0]["estimates"]["ne"]
         assert row[1] == f"{segment['rows']:,}"
         assert float(row[5].replace("−", "-").rstrip("%")) == pytest.approx(100 * estimate["value"], abs=6e-4)
         low, high = (float(v.replace("−", "-").rstrip("%")) for v in row[6].split(" to "))

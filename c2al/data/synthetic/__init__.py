@@ -16,7 +16,7 @@ import numpy as np
 from c2al.data.ingest.splits import SplitWriter
 from c2al.data.synthetic.base import CHUNK_ROWS, TRUE_P, TRUE_P_WITHOUT_LATENT, Entropy, LatentTruth, Truth
 from c2al.data.synthetic.conflict import COHORTS, SURFACES, ConflictWorld, SynthConfig
-from c2al.data.synthetic.latent import LATENT_WORLDS, SEGMENTS, LatentConfig, LatentWorld
+from c2al.data.synthetic.latent import LATENT_WORLDS, SEGMENTS, LatentConfig, LatentWorld, WorldName
 from c2al.files import new_folder, write_atomically
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LatentTruth",
     "SynthConfig",
     "Truth",
+    "WorldName",
     "synthesise",
 ]
 

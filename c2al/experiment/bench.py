@@ -1,0 +1,122 @@
+"""Trainings and scores of an experiment: each is done once, by whichever process takes it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from c2al.config import Config, replace
+from c2al.data.cohorts import write_cohorts
+from c2al.distributed.process import World
+from c2al.experiment.folder import Result, claim, read_result, write_result
+from c2al.experiment.plan import Trial, baseline_trials
+from c2al.report.record import TrialRecord
+from c2al.training.score import score
+from c2al.training.trainer import train
+
+T = TypeVar("T")
+
+POLL_SECONDS = 2.0
+"""Between two looks at a training that another process is doing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of an experiment that one process takes; empty: everything."""
+
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+
+class Bench:
+    """Does the trainings and scores of one experiment that are not done yet. Every method is collective."""
+
+    def __init__(self, config: Config, output: Path, world: World, share: Share):
+        self.config, self.output, self.world, self.share = config, output, world, share
+        self.seeds = config.experiment.seeds
+
+    def baseline(self) -> tuple[list[Trial], int]:
+        """(trials, the selected one). Everything else starts from it, so all of it is waited for."""
+        trials = baseline_trials(self.config)
+        for wait, seeds in ((False, self.own_seeds), (True, self.seeds)):
+            for seed in seeds:
+                for trial in trials:
+                    self.train(trial, seed, wait)
+        selected = self.select(trials)
+        assert selected is not None
+        return trials, selected
+
+    @property
+    def own_seeds(self) -> tuple[int, ...]:
+        """The seeds that this process trains."""
+        return self.share.seeds or self.seeds
+
+    def train(self, trial: Trial, seed: int, wait: bool) -> Result | None:
+        """The training's result. While another process is at it: waits, or returns None."""
+        folder = trial.folder(self.output, seed)
+
+        def work() -> None:
+            begun = time.monotonic()
+            cohorts = self._cohorts_file(trial) if trial.cohorts else None
+            ne = train(replace(trial.config, seed=seed), folder / "run", self.world, cohorts)
+            seconds = time.monotonic() - begun
+            self.world.once(lambda: write_result(folder, Result(ne, 0, seconds)))
+
+        return self.do(folder, lambda: read_result(folder), work, wait)
+
+    def score(self, trial: Trial, seed: int, split: Sequence[str], name: str, wait: bool) -> Path | None:
+        """Folder of the training's scores on a split, or None while another process is at it.
+
+        The name carries a digest of the columns that are carried along, so a changed axis scores anew.
+        """
+        columns = " ".join(sorted({c for a in self.config.axes if (c := a.column)}))
+        folder = trial.folder(self.output, seed)
+        scores = folder / f"{name}-{hashlib.sha256(columns.encode()).hexdigest()[:6]}"
+
+        def work() -> None:
+            config = dataclasses.replace(trial.config, seed=seed, axes=self.config.axes)
+            score(folder / "run", split, scores, self.world, config=config)
+
+        return self.do(folder, lambda: scores if scores.exists() else None, work, wait)
+
+    def select(self, trials: Sequence[Trial]) -> int | None:
+        """The trial of lowest mean validation NE over all seeds; None while a result is missing."""
+        records = self.world.once(lambda: [self.trial_record(t) for t in trials])
+        if any(r is None for r in records):
+            return None
+        means = [(r.mean_ne if r.mean_ne is not None else float("inf"), i) for i, r in enumerate(records) if r]
+        return min(means)[1]
+
+    def trial_record(self, trial: Trial) -> TrialRecord | None:
+        """None while a seed's result is missing. Reads files, so on rank 0 only."""
+        results = [read_result(trial.folder(self.output, seed)) for seed in self.seeds]
+        if any(r is None for r in results):
+            return None
+        return TrialRecord(
+            name=trial.name, settings=trial.settings, validation_ne=tuple(r.validation_ne for r in results if r)
+        )
+
+    def _cohorts_file(self, trial: Trial) -> Path:
+        path = self.output / "trainings" / trial.name / "cohorts.json"
+        self.world.once(lambda: write_cohorts(path, trial.cohorts, f"arm {trial.arm}"))
+        return path
+
+    def do(self, folder: Path, done: Callable[[], T | None], work: Callable[[], None], wait: bool) -> T | None:
+        """What `done` returns after `work` has been done once, here or by another process."""
+        while (found := self.world.once(done)) is None:
+            with self._claim(folder) as mine:
+                if mine and self.world.once(done) is None:
+                    work()
+            if not mine and not wait:
+                return None
+            if not mine:
+                time.sleep(POLL_SECONDS)
+        return found
+
+    @contextlib.contextmanager
+    def _claim(self, folder: Path) -> Iterator[bool]:
+        with contextlib.ExitStack() as stack:
+            yield self.world.once(lambda: stack.enter_context(claim(folder)))

@@ -1,0 +1,65 @@
+"""experiment.json: what an experiment did, for the report and for people."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from c2al.state import read_state, write_state
+
+FILE, FORMAT, VERSION = "experiment.json", "c2al.experiment", 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One combination of an arm's settings, on all seeds."""
+
+    name: str
+    """Of its folder in trainings/."""
+    settings: dict[str, Any]
+    validation_ne: tuple[float | None, ...]
+    """By seed, in the order of experiment.seeds."""
+
+    @property
+    def mean_ne(self) -> float | None:
+        """Mean validation NE over the seeds; None where it is undefined for one."""
+        values = [v for v in self.validation_ne if v is not None]
+        return sum(values) / len(values) if len(values) == len(self.validation_ne) and values else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArmRecord:
+    """One arm."""
+
+    name: str
+    source: str
+    """Arm.cohorts, or "none" for the baseline."""
+    cohorts: tuple[str, ...]
+    """What its auxiliary cohorts are, for people."""
+    trials: tuple[TrialRecord, ...]
+    selected: int | None
+    """Index into `trials` of the one whose test scores are compared; None when the arm came to nothing."""
+    scores: tuple[str, ...]
+    """Score folders of the selected trial on the test split, by seed, relative to the experiment."""
+    finding: str
+    """Why the arm came to nothing; empty otherwise."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """What experiment.json holds."""
+
+    seeds: tuple[int, ...]
+    discovery: str
+    """Folder of discovery, relative to the experiment; empty when no arm needed it or it came to nothing."""
+    finding: str
+    """Why discovery came to nothing; empty otherwise."""
+    baseline: ArmRecord
+    arms: tuple[ArmRecord, ...]
+
+    def write(self, output: Path) -> None:
+        write_state(output / FILE, self, format=FORMAT, version=VERSION)
+
+
+def read_record(output: Path) -> Record:
+    """Raises StateError naming the file."""
+    return read_state(output / FILE, Record, format=FORMAT, version=VERSION)
