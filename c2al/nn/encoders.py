@@ -108,27 +108,52 @@ class Extraction(nn.Module):
         self.primary = Own(in_features, config, config.own)
         self.gate = Gate(in_features, config.shared + config.own)
         self.tasks = nn.ModuleList()
-        """Of the auxiliary tasks. The gate above mixes their experts too, so they are served."""
+        """Experts of every auxiliary task. The gate above mixes them too, so they are served."""
         self.task_gate: Gate | None = None
         """The rest of the gate above: logits of the auxiliary tasks' experts."""
 
     def add_auxiliary(self, cohorts: int) -> None:
+        config, in_features = self._config, self._in_features
         for _ in range(cohorts):
-            self.tasks.append(Own(self._in_features, self._config, self._config.own))
-        self.task_gate = Gate(self._in_features, self._config.own * cohorts) if cohorts else None
+            self.tasks.append(nn.ModuleList(expert(in_features, config.units) for _ in range(config.own)))
+        self.task_gate = Gate(in_features, config.own * cohorts) if cohorts else None
 
-    def forward(self, x: Sequence[Tensor], shared_BF: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Inputs of the T tasks and of the shared experts -> theirs in the next level."""
-        experts = outputs(self.experts, shared_BF)
-        mixtures, every = [], list(experts)
-        for task, x_BF in zip((self.primary, *self.tasks), x, strict=True):
-            mixed_BW, own = task(x_BF, experts)
-            mixtures.append(mixed_BW)
+    def auxiliary_gate(self) -> Gate:
+        """A new gate of an auxiliary task in this level."""
+        return Gate(self._in_features, self._config.shared + self._config.own)
+
+    def forward(
+        self, x: Sequence[Tensor], shared_BF: Tensor, gates: Sequence[nn.Module]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Inputs of the T tasks and of the shared experts -> theirs in the next level.
+
+        `gates` are the auxiliary tasks'. Without them only the primary task has an input in the next level.
+        """
+        shared = outputs(self.experts, shared_BF)
+        mixed_BW, own = self.primary(x[0], shared)
+        mixtures, every = [mixed_BW], [*shared, *own]
+        for i, (experts, x_BF) in enumerate(zip(self.tasks, x[1:], strict=True)):
+            assert isinstance(experts, nn.ModuleList)
+            own = outputs(experts, x_BF)
             every += own
+            if gates:
+                mixtures.append(mixture(gates[i](x_BF), [*own, *shared]))
         logit_BE = self.gate(shared_BF)
         if self.task_gate is not None:
             logit_BE = torch.cat([logit_BE, self.task_gate(shared_BF)], dim=1)
         return mixtures, mixture(logit_BE, every)
+
+
+class AuxiliaryTask(nn.Module):
+    """What serving drops of an auxiliary task: its part of the last level and its gate of the level below."""
+
+    def __init__(self, own: Own, gate: Gate | None) -> None:
+        super().__init__()
+        self.own, self.gate_below = own, gate
+
+    def forward(self, x_BF: Tensor, shared: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        found: tuple[Tensor, list[Tensor]] = self.own(x_BF, shared)
+        return found
 
 
 class PLE(nn.Module):
@@ -140,7 +165,8 @@ class PLE(nn.Module):
     One level is CGC (Eq. 1-3).
 
     With one level serving keeps the shared experts and the primary task's own. With more, x_s mixes the
-    auxiliary tasks' experts of every level but the last, so these are served too.
+    auxiliary tasks' experts of every level but the last, so these are served too, and with three or more the
+    auxiliary tasks' gates of every level but the last two.
     """
 
     def __init__(self, in_features: int, config: ExpertsConfig) -> None:
@@ -149,28 +175,38 @@ class PLE(nn.Module):
         self.out_features = width = config.units[-1]
         below = config.levels - 1
         self.levels = nn.ModuleList(Extraction(in_features if i == 0 else width, config) for i in range(below))
+        """All but the last."""
         self._last = width if below else in_features
         self.experts = nn.ModuleList(expert(self._last, config.units) for _ in range(config.shared))
         self.primary = Own(self._last, config, config.own)
+        self.gates = nn.ModuleList()
+        """Of the auxiliary tasks in every level but the last two: level by level."""
         self.auxiliary = nn.ModuleList()
-        self._tasks = 1
+        self._cohorts = 0
 
     def add_auxiliary(self, cohorts: int, serving: bool = False) -> None:
         """Experts and gates of `cohorts` auxiliary tasks; with `serving` only those the primary task needs."""
-        self._tasks += cohorts
-        level: Extraction
-        for level in self.levels:  # type: ignore[assignment]  # a ModuleList does not say of what
+        self._cohorts = cohorts
+        levels = self._levels()
+        for level in levels:
             level.add_auxiliary(cohorts)
+        for level in levels[:-1]:
+            self.gates.extend(level.auxiliary_gate() for _ in range(cohorts))
         for _ in range(0 if serving else cohorts):
-            self.auxiliary.append(Own(self._last, self._config, self._config.own))
+            below = levels[-1].auxiliary_gate() if levels else None
+            self.auxiliary.append(AuxiliaryTask(Own(self._last, self._config, self._config.own), below))
 
     def forward(self, h_BF: Tensor) -> list[Tensor]:
-        x, shared_BF = [h_BF] * self._tasks, h_BF
-        for level in self.levels:
-            x, shared_BF = level(x, shared_BF)
+        x, shared_BF = [h_BF] * (1 + self._cohorts), h_BF
+        gates = [*self.gates, *(task.gate_below for task in self.auxiliary)]
+        for i, level in enumerate(self.levels):
+            x, shared_BF = level(x, shared_BF, gates[i * self._cohorts : (i + 1) * self._cohorts])
         shared = outputs(self.experts, shared_BF)
-        # Serving has the primary task alone in this level, and below it all of them.
-        return [task(x[i], shared)[0] for i, task in enumerate((self.primary, *self.auxiliary))]
+        tasks = (self.primary, *self.auxiliary)  # serving has the primary one alone
+        return [task(x_BF, shared)[0] for task, x_BF in zip(tasks, x, strict=False)]
+
+    def _levels(self) -> list[Extraction]:
+        return [level for level in self.levels if isinstance(level, Extraction)]
 
 
 Encoder = SharedBottom | MMoE | PLE
