@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from c2al.config import BASELINE, Arm, Config, flat_settings, replace
+from c2al.config import BASELINE, Arm, Config, dump_config, flat_settings, replace
 from c2al.data.cohorts import read_cohorts
 from c2al.experiment.plan import arms_of
 from c2al.text import table
@@ -20,9 +20,14 @@ def cohorts_of_arm(arm: Arm) -> int:
 
 def describe_arms(config: Config) -> dict[str, Description]:
     """Arm -> its model, the baseline first. Of the settings that an arm selects from, `overrides` alone count."""
-    found = {BASELINE: describe(config, 0)}
-    for arm in arms_of(config):
-        found[arm.name] = describe(replace(config, **flat_settings(arm.overrides)), cohorts_of_arm(arm))
+    made: dict[tuple[int, str, str], Description] = {}
+    found = {}
+    for arm in (Arm(name="", cohorts="none"), *arms_of(config)):
+        own, cohorts = replace(config, **flat_settings(arm.overrides)), cohorts_of_arm(arm)
+        key = (cohorts, dump_config(own.data), dump_config(own.model))
+        if key not in made:  # arms differ in their losses more often than in their models
+            made[key] = describe(own, cohorts)
+        found[arm.name or BASELINE] = made[key]
     return found
 
 
