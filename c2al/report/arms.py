@@ -35,10 +35,10 @@ def section(e: Experiment) -> str:
     head = ["arm", "auxiliary cohorts", "settings", "validation NE", "test NE", "NE_diff", "corrected interval"]
     seeds = ", ".join(map(str, e.record.seeds))
     return f"""<h2>Arms</h2>
-<p>Test NE and NE_diff are means over the seeds ({escaped(seeds)}). Intervals cover users (bootstrap,
-{e.evaluation.replicates:,} replicates) and seeds together, at {e.evaluation.confidence:.0%}, and are corrected by Holm's method
-for the {len(overall.differences)} comparisons on the whole test set. An arm counts as lower or higher exactly if
-its corrected interval excludes 0.</p>
+<p>Test NE and NE_diff are means over the seeds ({escaped(seeds)}). Intervals cover users and seeds together (bootstrap
+over users, {e.evaluation.replicates:,} replicates), at {e.evaluation.confidence:.0%}. Holm's method corrects them for
+the {len(overall.differences)} comparisons on the whole test set. An arm counts as lower or higher exactly if its
+corrected interval excludes 0.</p>
 {table([*head, "seed sd", "seeds below 0", "verdict"], rows, text=(0, 1, 2, 9))}
 {figure(figures.forest(drawn), _FOREST) if drawn else ""}
 {_against(others)}"""
@@ -139,7 +139,12 @@ def _std(trial: TrialRecord) -> float | None:
 def power(e: Experiment) -> str:
     """What differences the design can see."""
     segments = [s for s in e.evaluation.segments if s.axis in (OVERALL, COHORT)]
-    rows = [_power_row(s, d) for s in segments for d in s.differences if d.power]
+    rows = [
+        _power_row(s, d)
+        for s in segments
+        for d in s.differences
+        if d.power and (s.axis == OVERALL or d.arm == (e.main and e.main.name))
+    ]
     targets = sorted({d.power.target for s in segments for d in s.differences if d.power})
     said = ", ".join(f"{t:.1%}" for t in targets)
     if not rows:

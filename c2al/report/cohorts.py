@@ -151,7 +151,7 @@ def calibration(e: Experiment) -> str:
             *(t for m, form in _METRICS.items() for t in _metric(s, arm, m, form)),
         ]
         for s in main
-        for arm in (e.record.baseline.name, *(a.name for a in e.record.done))
+        for arm in ((e.record.baseline.name, *(a.name for a in e.record.done)) if s.axis == OVERALL else arms)
     ]
     titles = {"calibration": "calibration", "auc": "AUC", "gauc": "GAUC"}
     head = ["", "arm", *(t for m in _METRICS for t in (titles[m], "interval"))]

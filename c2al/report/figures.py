@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from c2al.config import BASELINE
 from c2al.evaluation.result import Difference, Reliability
 from c2al.report.names import figure_text
 from c2al.report.page import escaped
@@ -250,10 +251,11 @@ def curves(panels: dict[str, dict[str, list[tuple[Float, Float]]]]) -> str:
     with _figure(1, len(panels), 2.7) as (figure, grid):
         for ax, (title, named) in zip(grid[0], panels.items(), strict=True):
             for position, (name, lines) in enumerate(named.items()):
+                colour = _colour(position + (0 if BASELINE in named else 2))
                 for i, (x, y) in enumerate(lines):
                     marker = "o" if len(x) < 12 else None
                     label = figure_text(name) if i == 0 else None
-                    ax.plot(x, y, color=_colour(position), marker=marker, ms=3.5, lw=1.4, alpha=0.85, label=label)
+                    ax.plot(x, y, color=colour, marker=marker, ms=3.5, lw=1.4, alpha=0.85, label=label)
             ax.set_title(figure_text(title))
             ax.set_xlabel("step")
             ax.legend()

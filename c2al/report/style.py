@@ -37,7 +37,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-
 th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: break-word; }
+td.text { white-space: normal; overflow-wrap: break-word; min-width: 6.5rem; max-width: 24rem; }
 tr.chosen td { background: var(--panel); font-weight: 600; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 1.6rem; }
@@ -59,12 +59,11 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
     color-scheme: light; --page: #ffffff; --ink: #1c2430; --soft: #4c5663; --line: #ccd3da; --panel: #f5f7f9;
     --better: #1c7f53; --worse: #b8324f; --accent: #c05f1d;
   }
-  main { max-width: none; padding: 0; }
-  body { font-size: 11px; }
-  table { font-size: 8.5px; } th, td { padding: .2rem .3rem; white-space: normal; }
+  html { font-size: 11px; } body { font-size: 1rem; } main { max-width: none; padding: 0; } p, ul { max-width: none; }
+  table { font-size: .78rem; } th, td { padding: .2rem .3rem; white-space: normal; }
   .scroll, .draw { overflow: visible; } .draw svg { min-width: 0; }
-  pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: visible; font-size: 8.5px; }
-  pre.tall { max-height: none; overflow: visible; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: visible; font-size: .75rem; }
+  pre.tall { max-height: none; columns: 3; }
   figure, .tile, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 1.6rem; }
 }
 """
