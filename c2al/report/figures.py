@@ -79,7 +79,7 @@ def _svg(figure: Any, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Names of groups are counted anew in each figure and would repeat in one page.
-    text = re.sub(r' id="[a-z]+[\w.]*_\d+"', "", text)
+    text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(r"font: (bold|700) ([\d.]+)px [^;\"]*", r"font: 600 \2px system-ui, sans-serif", text)
     text = text.replace(_INK, "currentColor")
