@@ -17,29 +17,32 @@ MOST_BARS = 40
 _FOREST = "NE_diff of each arm against the baseline with its corrected interval; coloured if it excludes 0."
 
 
+_DIFFERENCE = ("NE_diff", "corrected interval", "verdict", "seeds below 0", "seed sd")
+"""Titles of what `_difference` gives."""
+
+
 def section(e: Experiment) -> str:
     overall, baseline = e.evaluation.overall, e.record.baseline
     rows = []
     for arm in (baseline, *e.record.arms):
-        chosen = arm.chosen
-        cells = [arm.name, "; ".join(arm.cohorts) or "none", _settings(e, arm)]
-        if chosen is None:
-            rows.append([*cells, "–", "–", "–", "–", "–", "–", "not trained: see the verdict"])
+        about = [_settings(e, arm), "; ".join(arm.cohorts) or "none"]
+        if arm.chosen is None:
+            rows.append([arm.name, "–", "–", "not trained: see the verdict", "–", "–", "–", "–", *about])
             continue
-        cells += [number(chosen.mean_ne, "{:.5f}"), value(overall.arms[arm.name]["ne"], "{:.5f}")]
-        d = None if arm is baseline else overall.difference(arm.name, baseline.name)
-        rows.append([*cells, *(_difference(d) if d else ["", "", "", "", ""])])
+        found = [""] * 5 if arm is baseline else _difference(overall.difference(arm.name, baseline.name))
+        ne = [value(overall.arms[arm.name]["ne"], "{:.5f}"), number(arm.chosen.mean_ne, "{:.5f}")]
+        rows.append([arm.name, *found, *ne, *about])
     others = [d for d in overall.differences if d.against != baseline.name]
     compared = [overall.difference(a.name, baseline.name) for a in e.record.done]
     drawn = compared[:MOST_BARS]
-    head = ["arm", "auxiliary cohorts", "settings", "validation NE", "test NE", "NE_diff", "corrected interval"]
+    head = ["arm", *_DIFFERENCE, "test NE", "validation NE", "settings", "auxiliary cohorts"]
     seeds = ", ".join(map(str, e.record.seeds))
     return f"""<h2>Arms</h2>
 <p>Test NE and NE_diff are means over the seeds ({escaped(seeds)}). Intervals cover users and seeds together (bootstrap
 over users, {e.evaluation.replicates:,} replicates), at {e.evaluation.confidence:.0%}. Holm's method corrects them for
 the {len(overall.differences)} comparisons on the whole test set. An arm counts as lower or higher exactly if its
 corrected interval excludes 0.</p>
-{table([*head, "seed sd", "seeds below 0", "verdict"], rows, text=(0, 1, 2, 9))}
+{table(head, rows, text=(0, 3, 8, 9))}
 {figure(figures.forest(drawn), _FOREST) if drawn else ""}
 {_against(others)}"""
 
@@ -50,9 +53,9 @@ def _difference(d: Difference) -> list[str]:
     return [
         value(estimate, FORM),
         between(judgement.corrected_interval if judgement else None, FORM),
-        number(estimate.seed_std, "{:.3%}"),
-        f"{below} of {len(estimate.per_seed)}",
         judgement.verdict if judgement else estimate.reason,
+        f"{below} of {len(estimate.per_seed)}",
+        number(estimate.seed_std, "{:.3%}"),
     ]
 
 
@@ -60,8 +63,7 @@ def _against(differences: list[Difference]) -> str:
     if not differences:
         return ""
     rows = [[d.arm, d.against, *_difference(d)] for d in differences]
-    head = ["arm", "against", "NE_diff", "corrected interval", "seed sd", "seeds below 0", "verdict"]
-    return "<h3>Against the placebo</h3>" + table(head, rows, text=(0, 1, 6))
+    return "<h3>Against the placebo</h3>" + table(["arm", "against", *_DIFFERENCE], rows, text=(0, 1, 4))
 
 
 def _settings(e: Experiment, arm: ArmRecord) -> str:

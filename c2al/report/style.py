@@ -37,7 +37,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-
 th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: break-word; min-width: 6.5rem; max-width: 24rem; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
 tr.chosen td { background: var(--panel); font-weight: 600; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 1.6rem; }

@@ -1,5 +1,6 @@
 """`c2al experiment` from Parquet to the report, on a small set with planted cohorts and on real impressions."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -38,10 +39,10 @@ ARMS = (
 )
 
 
-def small(folder: Path, **settings: object) -> Config:
+def small(folder: Path, arms: tuple[Arm, ...] = (), **settings: object) -> Config:
     """Two epochs on planted cohorts, every step's loss logged; in folder/c.toml."""
     own = {"train.epochs": 2, "train.log_every": 1, "discover.min_rows": 100, "experiment.seeds": (0, 1)}
-    config = replace(splits(folder), **{**own, **settings})
+    config = dataclasses.replace(replace(splits(folder), **{**own, **settings}), arms=arms)
     save_config(config, folder / "c.toml")
     return config
 
@@ -281,9 +282,10 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 def relative(folder: Path) -> None:
     """An experiment whose command and configuration name no folder, so that two of them can be compared."""
-    paths = {f"data.{s}": (s,) for s in ("train", "validation", "test")}
     arms = (Arm(name="c2al"), Arm(name="placebo", cohorts="shuffled"))
-    config = replace(small(folder, arms=arms, **{"train.epochs": 1}), **paths)
+    config = small(folder, arms=arms, **{"train.epochs": 1})
+    data = dataclasses.replace(config.data, **{s: (s,) for s in ("train", "validation", "test")})
+    config = dataclasses.replace(config, data=data)
     save_config(config, folder / "c.toml")
 
 
