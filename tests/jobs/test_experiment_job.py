@@ -202,7 +202,9 @@ FINDINGS = {
     "no pair that noise allows": ("--discover.min_rows", "100000"),
     "cuts that do not fit the scored rows": (
         "--axes",
-        "[{name = 'few', column = 'item_id', kind = 'percentiles', percentiles = [0, 1, 1.5, 2, 100]}]",
+        "[{name = 'few', column = 'item_id', kind = 'percentiles', percentiles = [0, 10.7, 100]}]",
+        "--discover.cut_tolerance",
+        "0.0001",
     ),
 }
 
