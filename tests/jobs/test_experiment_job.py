@@ -87,18 +87,21 @@ def test_it_ends_with_a_report_and_every_number_behind_it(done):
 
 
 def test_all_arms_of_a_seed_start_from_the_same_weights_and_read_the_same_batches(done):
-    """The loss of the primary task before the first update."""
+    """The primary task before the first update: logits to the bit, the loss to the rounding of its float32 mean, which
+    one and several tasks sum in another order."""
     record = read_record(done / "out")
     for seed in (0, 1):
-        first = {}
+        first, losses = {}, []
         for arm in (record.baseline, *record.arms):
             for trial in arm.trials:
                 path = done / "out" / "trainings" / trial.name / f"seed_{seed}" / "run" / "metrics.jsonl"
                 line = json.loads(path.read_text().splitlines()[0])
                 assert line["step"] == 1
-                first[trial.name] = line["loss"]["primary"]
+                first[trial.name] = line["window"]["primary"]["all"]["ne"]
+                losses.append(line["loss"]["primary"])
         assert len(first) == 6
         assert len(set(first.values())) == 1, first
+        assert losses == pytest.approx([losses[0]] * 6, rel=2**-23)
 
 
 def test_a_grid_keeps_the_lowest_mean_validation_ne(done):
