@@ -25,7 +25,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from c2al.config import Config, load_config, save_config
+from c2al.config import Config, load_config, redacted_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
 from c2al.data.identity import FileIdentity, identify
 from c2al.data.source import open_dataset
@@ -99,10 +99,11 @@ def sole_writer(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def start_run(path: Path, config: Config, cohorts: Path | None, world: World) -> Run:
+def start_run(path: Path, config: Config, cohorts: Path | None, world: World, like: Path | None = None) -> Run:
     """Makes the folder of a new run, or opens the one of an interrupted run of the same config and inputs.
 
-    All ranks share the scan of the training split; rank 0 alone writes. Raises on every rank:
+    All ranks share the scan of the training split; rank 0 alone writes. like: a run whose statistics are
+    taken over when it was fitted to the same files with the same data settings. Raises on every rank:
     ConfigError when the folder holds a run that this one cannot go on from, DataError when a file of any
     split is not what the config says or the training files changed, CohortError for cohorts that can
     teach nothing.
@@ -115,7 +116,8 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
     else:
         chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
         rates = count_base_rates(config, chosen, world, str(cohorts))
-        statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
+        known = world.once(lambda: _taken_over(like, config, train))
+        statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size)
         world.once(lambda: _begin(path, statistics, rates, train, cohorts))
     world.once(lambda: save_config(config, path / "config.toml"))
     return Run(
@@ -158,6 +160,17 @@ def _begin(
     Inputs(train=train, statistics_sha256=_sha256(text.encode())).write(path / "inputs.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_bytes())
+
+
+def _taken_over(like: Path | None, config: Config, train: tuple[FileIdentity, ...]) -> Statistics | None:
+    """The statistics of the run `like`; None when it is none yet, or was fitted to anything else."""
+    if like is None or not (like / "config.toml").exists():
+        return None
+    inputs, statistics = Inputs.read(like / "inputs.json"), like / "statistics.json"
+    if load_config(like / "config.toml").data != redacted_config(config).data or inputs.changes(train):
+        return None
+    read = _read_statistics(statistics)
+    return read if _sha256(statistics.read_bytes()) == inputs.statistics_sha256 else None
 
 
 def _resume(path: Path, config: Config, cohorts: Path | None, train: tuple[FileIdentity, ...]) -> Statistics:

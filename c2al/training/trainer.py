@@ -43,12 +43,14 @@ INTERRUPT_STEPS = 10
 """Steps after which several ranks tell each other at the latest that one of them was told to stop."""
 
 
-def train(config: Config, output: Path, world: World, cohorts: Path | None = None) -> float | None:
+def train(
+    config: Config, output: Path, world: World, cohorts: Path | None = None, like: Path | None = None
+) -> float | None:
     """Trains to the end, going on from the newest checkpoint in `output`, and writes the run's folder.
 
     Returns the last validation NE (None: no validation split, or undefined). A finished run is left as
     it is; the NE is then the one it ended with. Trained weights are never deleted: only a run that fails
-    before its first step takes its new folder away again.
+    before its first step takes its new folder away again. like: see `start_run`.
 
     Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
     the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
@@ -58,7 +60,7 @@ def train(config: Config, output: Path, world: World, cohorts: Path | None = Non
     with sole_writer(output, world):
         trainer = None
         try:
-            trainer = Trainer(start_run(output, config, cohorts, world), world)
+            trainer = Trainer(start_run(output, config, cohorts, world, like), world)
             return trainer.train()
         except BaseException:
             if world.rank == 0 and missing and (trainer is None or trainer.step == 0):
