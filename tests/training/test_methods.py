@@ -92,10 +92,17 @@ def test_one_and_two_ranks_agree_with_every_method(config, folder):
             assert loss_2 == pytest.approx(loss_1, abs=1e-6), name
             if gramian_1 is not None:
                 scale = gramian_1.diagonal().max()
-                assert (gramian_2 - gramian_1).abs().max() / scale < 1e-5, name
-                # Of ranks' gradients that differ by float32 rounding in one row of h.
-                assert weights_2 == pytest.approx(weights_1, abs=1e-4), name
+                assert (gramian_2 - gramian_1).abs().max() / scale < 1e-6, name
+                assert weights_2 == pytest.approx(weights_1, abs=1e-6), name
         assert two[name]["shown"] == other[name]["shown"]
+        pieces_1, pieces_2 = (
+            {piece[:3]: piece[3] for result in results for piece in result[name]["tables"]}
+            for results in ((one,), (two, other))
+        )
+        assert pieces_1.keys() == pieces_2.keys()
+        for key, weight_RD in pieces_1.items():
+            # Adagrad divides by the root of the squared gradients, which makes a rounding error of a tiny one count.
+            torch.testing.assert_close(pieces_2[key], weight_RD, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     # The methods do different things here: else the above would show less.
     last = {tuple(one[name]["steps"][-1][0]) for name in changes}
     assert len(last) == len(changes)
@@ -201,5 +208,4 @@ def test_resumed_equals_uninterrupted_with_what_a_method_remembers(config, folde
 
 
 def test_the_lambdas_by_hand_are_those_of_the_config(config):
-
     assert (1.0, *(config.train.lambda_of(n) for n in ("head", "tail"))) == LAMBDAS
