@@ -20,6 +20,7 @@ from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_disc
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
 from c2al.experiment.plan import arm_trials, arms_of
+from c2al.nn.methods import check_method
 from c2al.report.record import Record
 
 EVERYTHING = Share()
@@ -97,13 +98,16 @@ def check(config: Config, share: Share) -> None:
     problems = share_problems(share, config)
     if config.train.auxiliary:
         problems.append("train: auxiliary losses are what the arms add; the experiment's own lambdas must be 0")
+    elif config.train.needs_cohorts:
+        problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
     needs_axes = [a.name for a in arms_of(config) if a.cohorts not in ("none", "file")]
     if needs_axes and not config.axes:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
     for arm in arms_of(config):
         try:
-            arm_trials(arm, config, ())
+            for trial in arm_trials(arm, config, ()):
+                check_method(trial.config.train.combine)
         except ConfigError as e:
             problems += [f"arm '{arm.name}': {p}" for p in e.problems]
     if problems:

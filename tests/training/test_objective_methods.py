@@ -12,6 +12,8 @@ import torch
 from c2al.config import parse_config, replace, save_config
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
+from c2al.experiment.bench import Share
+from c2al.experiment.run import check
 from c2al.serving.export import export
 from c2al.training.model import C2ALModel
 from c2al.training.objective import Objective
@@ -201,3 +203,13 @@ def test_a_method_whose_library_is_missing_ends_with_2_and_writes_nothing(config
     assert "train.combine: 'mgda-ub' needs TorchJD, which is not installed: pip install 'c2al[methods]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_an_experiment_says_at_its_start_what_its_arms_cannot_train(config, monkeypatch):
+    """Not after hours, when the arm's turn comes."""
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    arms = [{"name": "pcgrad", "cohorts": "chosen", "overrides": {"train.combine": "pcgrad-feat"}}]
+    with pytest.raises(ConfigError, match=r"arm 'pcgrad': train\.combine: 'pcgrad-feat' needs TorchJD"):
+        check(replace(config, arms=arms), Share())
+    with pytest.raises(ConfigError, match=r"train\.cohort_weight, train\.group_dro: the baseline has no cohorts"):
+        check(replace(config, **{"train.cohort_weight": 2.0}), Share())
