@@ -14,13 +14,13 @@ from c2al.nn.dense import mlp
 
 
 class Heads(nn.Module):
-    """Logits (B, T) of encoder features (B, F): the primary prediction head, then one per auxiliary cohort.
+    """Logits (B, T) of T encoder features (B, F), one per task: the primary prediction head, then one per cohort.
 
     The auxiliary prediction heads are created last, so that a seed gives the primary one, and everything
     created before, the same initial weights with and without them. With no `auxiliary_hidden` they are
     linear: what their losses teach must then be taught to the encoder, which serving keeps.
 
-    `combine` stands between the encoder and the prediction heads in training.
+    `combine` stands in training between an encoder whose features all tasks share and the prediction heads.
     """
 
     def __init__(
@@ -36,10 +36,11 @@ class Heads(nn.Module):
         self.auxiliary = nn.ModuleList(mlp(in_features, auxiliary_hidden, 1) for _ in range(cohorts))
         self.combine = combine
 
-    def forward(self, h_BF: Tensor) -> Tensor:
+    def forward(self, h_TBF: Sequence[Tensor]) -> Tensor:
         heads = (self.primary, *self.auxiliary)
-        views = (h_BF,) * len(heads) if self.combine is None else self.combine(h_BF)
-        return torch.cat([head(h) for head, h in zip(heads, views, strict=True)], dim=1)
+        if self.combine is not None:
+            h_TBF = self.combine(h_TBF[0])
+        return torch.cat([head(h_BF) for head, h_BF in zip(heads, h_TBF, strict=True)], dim=1)
 
     @torch.no_grad()
     def prime(self, rate_T: Sequence[float]) -> None:

@@ -70,7 +70,7 @@ def export(
     state = {n.removeprefix(TASK_PREFIX): v for n, v in loaded.items() if n.startswith(TASK_PREFIX)}
     training = _load(run.config, len(run.auxiliary), state, path)
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
-    serving = Serving(_load(run.config, 0, served, path)).eval()
+    serving = Serving(_load(run.config, len(run.auxiliary), served, path, serving=True)).eval()
 
     reader = BatchReader(
         data,
@@ -110,8 +110,8 @@ def export(
     return proof
 
 
-def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path) -> C2ALModel:
-    model = C2ALModel(config, cohorts, table_device="cpu").eval()
+def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path, *, serving: bool = False) -> C2ALModel:
+    model = C2ALModel(config, cohorts, table_device="cpu", serving=serving).eval()
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

@@ -201,7 +201,7 @@ def test_each_prediction_head_keeps_its_own_gradient():
         torch.manual_seed(1)
         encoder = nn.Linear(3, 4)
         heads = Heads(4, [6], 2, [5], Combine(name, 3, 0) if name else None)
-        logit_BT = heads(torch.relu(encoder(x)))
+        logit_BT = heads([torch.relu(encoder(x))] * 3)
         (logit_BT.square() * torch.tensor([1.0, 0.5, 2.0])).sum().backward()
         return {n: p.grad for n, p in heads.named_parameters()}, encoder.weight.grad
 
@@ -225,7 +225,7 @@ def test_recording_leaves_the_sum_bit_for_bit_and_no_node_stands_in_eval():
             encoder, heads = nn.Linear(16, 16), Heads(16, [8], cohorts, hidden, combine)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 h = encoder(x)
-                logit_BT = heads(h)
+                logit_BT = heads([h] * (1 + cohorts))
             logit_BT.float().square().sum().backward()
             got.append([p.grad for p in (*encoder.parameters(), *heads.parameters())])
             assert (combine.gramian_TT is not None) == recording

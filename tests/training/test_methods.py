@@ -123,7 +123,7 @@ def test_tables_and_prediction_heads_move_once_per_step(config, folder, tmp_path
         trainer.advance(iter([batch]))
 
         kept = []
-        plain.over.heads.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+        plain.over.heads.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0][0]))
         logit_BT = plain(batch.dense_BF, batch.sparse)
         (h,) = kept
         target_BT = targets(batch.label_B, batch.member_BC)

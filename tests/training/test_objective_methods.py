@@ -213,3 +213,8 @@ def test_an_experiment_says_at_its_start_what_its_arms_cannot_train(config, monk
         check(replace(config, arms=arms), Share())
     with pytest.raises(ConfigError, match=r"train\.cohort_weight, train\.group_dro: the baseline has no cohorts"):
         check(replace(config, **{"train.cohort_weight": 2.0}), Share())
+
+
+def test_a_method_at_h_needs_features_that_all_tasks_share(config):
+    with pytest.raises(ConfigError, match=r"train\.combine: 'mgda-ub' needs features .* is 'mmoe'"):
+        replace(config, **{"train.combine": "mgda-ub", "model.encoder": "mmoe"})
