@@ -14,7 +14,7 @@ from c2al.config import BASELINE, Config
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.distributed.process import World
-from c2al.errors import ConfigError
+from c2al.errors import CohortError, ConfigError
 from c2al.evaluation.evaluate import evaluate
 from c2al.evaluation.result import COHORT, OVERALL, Evaluation
 from c2al.evaluation.result import Arm as EvaluatedArm
@@ -22,10 +22,12 @@ from c2al.experiment.arms import Discovery, Plan, arm_record, baseline_record, p
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
 from c2al.experiment.plan import Trial, arm_trials, arms_of
+from c2al.nn.methods import check_method
 from c2al.report.html import write_report
 from c2al.report.record import Record, read_record
 from c2al.report.verdict import sentences
 from c2al.serving.export import export
+from c2al.state import read_json
 from c2al.text import terminal
 
 EVERYTHING = Share()
@@ -38,8 +40,9 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     report is written by whichever ends last.
 
     Raises ConfigError for a configuration that is no experiment or not the folder's, DataError when a
-    split lacks what a stage needs (before the first step), and what the stages raise. That no pair of
-    cohorts differs beyond noise is a finding of the arms concerned, not an error.
+    split lacks what a stage needs (before the first step), CohortError when no pair of cohorts has the
+    minimum size, and what the stages raise. That no pair of cohorts differs beyond noise is a finding of
+    the arms concerned, not an error.
     """
     check(config, share)
     world.together(lambda: check_data(config))
@@ -49,6 +52,7 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     base = trials[selected]
     discovery = run_discovery(bench, base)
     plans = [plan_arm(bench, arm, base.config, discovery) for arm in arms_of(config)]
+    world.together(lambda: _refuse_impossible_minimum(plans, discovery))
     record = _records(bench, trials, plans, discovery)
     if record is None:
         return None
@@ -56,6 +60,18 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     if record.serving and report is not None:
         _export(bench, record.serving)
     return report
+
+
+def _refuse_impossible_minimum(plans: list[Plan], discovery: Discovery) -> None:
+    """Raises CohortError when no arm can train because no pair of cohorts has the minimum size that was asked for.
+
+    That is a setting to mend (discover.min_rows and its like), not a finding about the data: no pair was
+    even compared. The trained baselines stay and the mended command goes on from them.
+    """
+    if not plans or not all(p.finding for p in plans) or discovery.folder is None:
+        return
+    if read_json(discovery.folder / "cohorts.json", CohortError)["rule"]["tested_pairs"] == 0:
+        raise CohortError(plans[0].finding)
 
 
 def _export(bench: Bench, training: str) -> None:
@@ -148,13 +164,16 @@ def check(config: Config, share: Share) -> None:
     problems = share_problems(share, config)
     if config.train.auxiliary:
         problems.append("train: auxiliary losses are what the arms add; the experiment's own lambdas must be 0")
+    elif config.train.needs_cohorts:
+        problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
     needs_axes = [a.name for a in arms_of(config) if a.cohorts not in ("none", "file")]
     if needs_axes and not config.axes:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
     for arm in arms_of(config):
         try:
-            arm_trials(arm, config, ())
+            for trial in arm_trials(arm, config, ()):
+                check_method(trial.config.train.combine)
         except ConfigError as e:
             problems += [f"arm '{arm.name}': {p}" for p in e.problems]
     if problems:
