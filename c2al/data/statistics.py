@@ -104,9 +104,10 @@ def unpacked_rows(packed: str) -> npt.NDArray[np.bool_]:
     try:
         # No more is unpacked than the rows need, whatever the file claims.
         content = unpacker.decompress(base64.b64decode(text, validate=True), max(1, -(-rows // 8)))
+        more = unpacker.decompress(unpacker.unconsumed_tail, 1)
     except zlib.error as e:
         raise ValueError(str(e)) from e
-    if rows < 1 or len(content) != -(-rows // 8) or (not unpacker.eof and unpacker.decompress(b"", 1)):
+    if rows < 1 or len(content) != -(-rows // 8) or more or not unpacker.eof or unpacker.unused_data:
         raise ValueError(f"its bits are not those of {rows} rows")
     return np.unpackbits(np.frombuffer(content, np.uint8), count=rows).astype(np.bool_)
 

@@ -30,7 +30,7 @@ from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
 from c2al.files import output_errors, write_atomically
 from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
-from c2al.training.run_folder import open_run
+from c2al.training.run_folder import Run, open_run
 
 TASK_PREFIX = "model."
 """Of C2ALModel's parameters in a checkpoint, which holds a TrainTask."""
@@ -76,14 +76,7 @@ def export(
     if output.exists():
         raise ConfigError(f"{output}: exists; give another --output")
     run = open_run(run_path)
-    newest = CheckpointReader(run.checkpoints, world).with_newest
-    path, loaded = (
-        (checkpoint, load_unsharded(checkpoint))
-        if checkpoint
-        else newest(lambda p: (p, load_unsharded(p)), best=run.result_is_best)
-    )
-    if run.result_is_best and not checkpoint:
-        print(f"exporting {path}, the best checkpoint, since the run stops early", file=sys.stderr)
+    path, loaded = _load_checkpoint(run, checkpoint, world)
     state = {name.removeprefix(TASK_PREFIX): value for name, value in loaded.items()}
     training = _load(run.config, len(run.cohorts), state, path)
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
@@ -126,6 +119,17 @@ def export(
     return proof
 
 
+def _load_checkpoint(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[str, Tensor]]:
+    """The checkpoint that is exported and its weights: the one asked for, or the run's result."""
+    if checkpoint is not None:
+        return checkpoint, load_unsharded(checkpoint)
+    reader = CheckpointReader(run.checkpoints, world)
+    path, loaded = reader.with_newest(lambda p: (p, load_unsharded(p)), best=run.result_is_best)
+    if run.result_is_best:
+        print(f"exporting {path}, the best checkpoint, since the run stops early", file=sys.stderr)
+    return path, loaded
+
+
 def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path) -> C2ALModel:
     model = C2ALModel(config, cohorts, table_device="cpu").eval()
     try:
@@ -140,7 +144,7 @@ def _dynamic_shapes(serving: Serving) -> tuple[Any, ...]:
     rows = Dim("rows", min=1)
     shapes = ({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows})
     if not serving.weighted_keys:
-        return (*shapes, ())
+        return shapes
     ids = Dim("weighted_ids")
     return (*shapes, ({0: ids}, {0: len(serving.weighted_keys) * rows}, {0: ids}))
 
