@@ -93,12 +93,15 @@ def on_two_ranks(config: Config, run: Path) -> float | None:
 
 
 def test_two_ranks_train_what_one_does(rich, world, tmp_path):
+    rich = replace(rich, **{"train.log_every": 1})
     one = train(rich, tmp_path / "one", world)
     two = run_ranks(on_two_ranks, 2, rich, tmp_path / "two")[0]
     assert one == pytest.approx(two, abs=1e-5)
-    left, right = newest(tmp_path / "one"), newest(tmp_path / "two")
-    statistics = [(tmp_path / run / "statistics.json").read_text() for run in ("one", "two")]
+    statistics, losses = [], []
+    for run in ("one", "two"):
+        statistics.append((tmp_path / run / "statistics.json").read_text())
+        records = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([r["loss"]["primary"] for r in records if r["kind"] == "train"])
     assert statistics[0] == statistics[1]
-    for name in left:
-        # float32 sums in another order over 16 steps.
-        torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert len(losses[0]) == 16
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
