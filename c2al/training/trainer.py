@@ -375,7 +375,7 @@ class _Extra:
     step: int
     ne: float | None
     lifetime: SavedSums
-    waiting: Waiting
+    waiting: Waiting = dataclasses.field(default_factory=Waiting)
 
     def problems(self) -> Problems:
         if self.step < 0:

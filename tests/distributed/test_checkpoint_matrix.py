@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -11,6 +12,7 @@ from test_parity import PLANS, TOYS, assemble, write_plan
 
 from c2al.config import CheckpointConfig
 from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter, load_unsharded
+from c2al.distributed.checkpoint.parts import StoredParts
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import process_group
 from c2al.distributed.sharding import shard_model
@@ -118,6 +120,20 @@ def run_matrix(folder: Path, chosen: dict[int, list[str]], kind: str) -> None:
         expected = {names[n]: t for n, t in tables.items()} | before[0]["over"]
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensors[n], expected[n]) for n in expected), source
+        moved_rows(checkpoints / source / f"step-{BEFORE:08d}", {names[n]: t for n, t in tables.items()}, source)
+
+
+def moved_rows(folder: Path, tables: dict[str, torch.Tensor], case: str) -> None:
+    """Rows in another order, repeated or missing, of some columns: as a run that starts from this one reads them."""
+    parts, rng = StoredParts(folder), np.random.default_rng(0)
+    for name, table_RD in tables.items():
+        row_N = rng.integers(-1, len(table_RD), 100)
+        for first, last in ((0, table_RD.shape[1]), (table_RD.shape[1] // 4, table_RD.shape[1] // 4 * 3)):
+            found = torch.full((100, last - first), 7.0)
+            parts.fill_rows(f"model/{name}", row_N, found, first)
+            expected = torch.where(torch.from_numpy(row_N >= 0)[:, None], table_RD[row_N][:, first:last], 7.0)
+            assert torch.equal(found, expected), f"{case}: {name}"
+        assert torch.equal(parts.whole(f"model/{name}"), table_RD), f"{case}: {name}"
 
 
 def check(case: str, before: list[dict], after: list[dict], kind: str) -> None:
