@@ -11,15 +11,17 @@ import pytest
 import torch
 
 from c2al.__main__ import main
-from c2al.config import EarlyStoppingConfig, parse_config, replace, save_config
+from c2al.config import Config, EarlyStoppingConfig, parse_config, replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.distributed.checkpoint.parts import StoredParts
+from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
 from c2al.serving.export import export
 from c2al.training.early_stopping import Waiting
 from c2al.training.score import score
 from c2al.training.trainer import train
 from impressions import tree
+from ranks import run_ranks
 
 STOPPING = {
     "train.epochs": 8,
@@ -110,6 +112,22 @@ def test_a_resumed_run_stops_where_the_uninterrupted_one_does(config, world, sto
     ends = [[(r["step"], r["primary"]) for r in records(r_, "validation")] for r_ in (stopped, tmp_path / "run")]
     assert ends[0] == ends[1]
     assert_equal_checkpoints(checkpoint(stopped, last), checkpoint(tmp_path / "run", last))
+
+
+def on_two_ranks(config: Config, run: Path) -> float | None:
+    with process_group(config.dist) as world:
+        return train(config, run, world)
+
+
+def test_two_ranks_stop_together(config, stopped, tmp_path):
+    config = replace(config, **STOPPING, **{"train.ema": 0.9})
+    left, right = run_ranks(on_two_ranks, 2, config, tmp_path / "run")
+    assert left == right == min(r["primary"]["all"]["ne"] for r in records(tmp_path / "run", "validation"))
+    ends = [records(run, "validation")[-1]["step"] for run in (stopped, tmp_path / "run")]
+    assert ends[1] < 8 * 16
+    # The two differ in the last digits, so the best step could differ; the first evaluation cannot.
+    first = [records(run, "validation")[0]["primary"]["all"]["ne"] for run in (stopped, tmp_path / "run")]
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
 
 
 def test_killed_between_saving_and_evaluating_a_step(config, world, stopped, tmp_path):
