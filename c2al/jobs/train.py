@@ -24,4 +24,4 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         raise ConfigError("--start-optimizer: without effect, since there is no --start-from")
     start = None if args.start_from is None else Start(run=args.start_from, optimizer=args.start_optimizer)
     with process_group(config.dist) as world:
-        train(config, args.output, world, args.cohorts, start)
+        train(config, args.output, world, args.cohorts, start=start)

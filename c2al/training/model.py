@@ -1,4 +1,4 @@
-"""Impressions -> logits: EmbeddingBagCollection -> dense arch -> DHEN -> prediction heads.
+"""Impressions -> logits: EmbeddingBagCollection -> dense arch -> DHEN -> encoder -> prediction heads.
 
 Letters: B batch, F dense features, N fields (dense tokens, then sparse features in config order),
 D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
@@ -16,20 +16,26 @@ from c2al.config import Config, SparseFeature
 from c2al.data.batch import Batch
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
+from c2al.nn.encoders import encoder_of
 from c2al.nn.objective import Target, lambda_scale, objective, targets
 from c2al.nn.prediction_heads import Heads
 
-AUXILIARY_PREFIX = "over.heads.auxiliary."
-"""Of the parameters of C2ALModel that exist in training only."""
+AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.")
+"""Of the parameters of C2ALModel that exist in training only: a name of theirs begins with one of these."""
 
 
 class OverArch(nn.Module):
     """Everything above the embedding tables.
 
-    Takes dense_BF and the pooled embeddings, returns logit_BT in float32.
+    Takes dense_BF and the pooled embeddings, returns logit_BT in float32. With `serving` T = 1, and there is
+    only what the primary task needs; its parameters are those of training without AUXILIARY_PREFIX.
+
+    model.wide adds w . [dense; vec(pooled)] to the primary logit (Wide & Deep, Cheng et al. 2016). A feature's
+    weight times an id's embedding is one number per id, so the wide part needs no tables of its own. The
+    auxiliary tasks have no wide part: what their losses teach, they teach the encoder.
     """
 
-    def __init__(self, config: Config, cohorts: int) -> None:
+    def __init__(self, config: Config, cohorts: int, serving: bool = False) -> None:
         super().__init__()
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
@@ -46,17 +52,29 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
-        # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
-        self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, cohorts, model.auxiliary_hidden)
+        self.encoder = encoder_of(model, self.dhen.out_fields * self.dim)
+        inputs = len(data.dense) + len(self.keys) * self.dim
+        self.wide = nn.Linear(inputs, 1, bias=False) if model.wide else None
+        # What only auxiliary tasks have comes last, so that the rest is initialised alike with and without it.
+        auxiliary = 0 if serving else cohorts
+        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        self.encoder.add_auxiliary(cohorts, serving)
 
     def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor]) -> Tensor:
+        return self.logits(dense_BF, self._embeddings(pooled) if pooled else None)
+
+    def logits(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
+        """logit_BT of the pooled embeddings, N of them in config order."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
             tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
-            if pooled:
-                values_BND = self._embeddings(pooled)
-                tokens.append(values_BND.to(tokens[0].dtype if tokens else None))
+            if pooled_BND is not None:
+                tokens.append(pooled_BND.to(tokens[0].dtype if tokens else None))
             x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            logit_BT: Tensor = self.heads(self.dhen(x_BND).flatten(1))
+            logit_BT: Tensor = self.heads(self.encoder(self.dhen(x_BND).flatten(1)))
+            if self.wide is not None:
+                inputs = [dense_BF] if pooled_BND is None else [dense_BF, pooled_BND.flatten(1)]
+                wide_B1 = self.wide(torch.cat(inputs, dim=1))
+                logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
 
     def _embeddings(self, pooled: Sequence[KeyedTensor]) -> Tensor:
@@ -84,17 +102,18 @@ class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
     `sparse` holds the features whose tables have no weights, `weighted` the others, as a Batch does.
-    `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts.
+    `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts. `serving`
+    leaves out what the primary task does not need: T = 1.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
     """
 
-    def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta") -> None:
+    def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta", *, serving: bool = False) -> None:
         super().__init__()
         weighted = config.data.weighted_tables
         tables = [_table(name, features, config) for name, features in config.data.tables.items()]
         self.ebc = _collection([t for t in tables if t.name not in weighted], table_device)
         self.weighted_ebc = _collection([t for t in tables if t.name in weighted], table_device, weighted=True)
-        self.over = OverArch(config, cohorts)
+        self.over = OverArch(config, cohorts, serving)
 
     def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor, weighted: KeyedJaggedTensor | None = None) -> Tensor:
         pooled = [] if self.ebc is None else [self.ebc(sparse)]

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from c2al.config import Config, load_config, save_config
+from c2al.config import Config, load_config, redacted_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
 from c2al.data.identity import FileIdentity, identify
 from c2al.data.source import open_dataset
@@ -109,13 +109,21 @@ def sole_writer(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def start_run(path: Path, config: Config, cohorts: Path | None, world: World, start: Start | None = None) -> Run:
+def start_run(
+    path: Path,
+    config: Config,
+    cohorts: Path | None,
+    world: World,
+    like: Path | None = None,
+    start: Start | None = None,
+) -> Run:
     """Makes the folder of a new run, or opens the one of an interrupted run of the same config and inputs.
 
     With `start`, a new run goes on from an earlier one: it takes what it can of that run's statistics, and
     `Run.start` says where its weights are.
 
-    All ranks share the scan of the training split; rank 0 alone writes. Raises on every rank:
+    All ranks share the scan of the training split; rank 0 alone writes. like: a run whose statistics are
+    taken over when it was fitted to the same files with the same data settings. Raises on every rank:
     ConfigError when the folder holds a run that this one cannot go on from, DataError when a file of any
     split is not what the config says or the training files changed, CohortError for cohorts that can
     teach nothing.
@@ -129,7 +137,8 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World, st
     else:
         chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
         rates = count_base_rates(config, chosen, world, str(cohorts))
-        statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
+        known = world.once(lambda: _taken_over(like, config, train))
+        statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size)
         if started is not None:
             statistics = continued(open_earlier(started), config, statistics)
         world.once(lambda: _begin(path, statistics, rates, train, cohorts, started))
@@ -237,6 +246,18 @@ def _begin(
         started.write(path / "start.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_bytes())
+
+
+def _taken_over(like: Path | None, config: Config, train: tuple[FileIdentity, ...]) -> Statistics | None:
+    """The statistics of the run `like`; None when it is none yet, or was fitted to anything else."""
+    # Statistics that went on from an earlier run are not fitted to the files alone.
+    if like is None or not (like / "config.toml").exists() or (like / "start.json").exists():
+        return None
+    inputs, statistics = Inputs.read(like / "inputs.json"), like / "statistics.json"
+    if load_config(like / "config.toml").data != redacted_config(config).data or inputs.changes(train):
+        return None
+    read = _read_statistics(statistics)
+    return read if _sha256(statistics.read_bytes()) == inputs.statistics_sha256 else None
 
 
 def _resume(path: Path, config: Config, cohorts: Path | None, train: tuple[FileIdentity, ...]) -> Statistics:

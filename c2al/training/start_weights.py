@@ -29,6 +29,10 @@ def load_start(run: Run, dmp: DistributedModelParallel, optimizer: Optimizer, wo
     return world.together(lambda: _Loading(run, dmp, optimizer, world).load())
 
 
+TASKS = frozenset(("tasks", "task_gate", "gates"))
+"""Modules of an encoder of several tasks that hold one part per task."""
+
+
 class _Loading:
     """The same on this rank."""
 
@@ -101,7 +105,7 @@ class _Loading:
                 continue
             saved = self._earlier_name(name)
             if saved is None or model_key(saved) not in self.parts:
-                self.notes.append(f"parameter '{name}' is initialised fresh: the earlier run has none")
+                self.notes.append(f"parameter '{name}' is initialised fresh: the earlier run has none of its task")
             elif (size := self.parts.size(model_key(saved))) != tuple(value.shape):
                 self.notes.append(
                     f"parameter '{name}' is initialised fresh: {list(size)} before, {list(value.shape)} now"
@@ -123,14 +127,15 @@ class _Loading:
 
     def _earlier_name(self, name: str) -> str | None:
         """Of a parameter in the earlier run: an auxiliary prediction head is known by its cohort."""
-        prefix = f"model.{AUXILIARY_PREFIX}"
-        if not name.startswith(prefix):
-            return name
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        cohort = self.cohorts[int(number)]
-        if cohort not in self.earlier.cohorts:
-            return None
-        return f"{prefix}{self.earlier.cohorts.index(cohort)}.{rest}"
+        for prefix in (f"model.{p}" for p in AUXILIARY_PREFIX):
+            if name.startswith(prefix):
+                number, _, rest = name.removeprefix(prefix).partition(".")
+                cohort = self.cohorts[int(number)]
+                known = cohort in self.earlier.cohorts
+                return f"{prefix}{self.earlier.cohorts.index(cohort)}.{rest}" if known else None
+        # Lists of all tasks, which are known by number only.
+        other_tasks = self.cohorts != self.earlier.cohorts and name.startswith("model.over.encoder.")
+        return None if other_tasks and TASKS & set(name.split(".")) else name
 
 
 def _saved_name(parts: StoredParts, table: str) -> str:

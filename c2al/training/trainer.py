@@ -47,14 +47,18 @@ INTERRUPT_STEPS = 10
 
 
 def train(
-    config: Config, output: Path, world: World, cohorts: Path | None = None, start: Start | None = None
+    config: Config,
+    output: Path,
+    world: World,
+    cohorts: Path | None = None,
+    like: Path | None = None,
+    start: Start | None = None,
 ) -> float | None:
     """Trains to the end, going on from the newest checkpoint in `output`, and writes the run's folder.
 
-    `start` names the run whose weights a new run begins with. Returns the last validation NE, or with early
-    stopping the best (None: no validation split, or undefined). A finished run is left as
-    it is; the NE is then the one it ended with. Trained weights are never deleted: only a run that fails
-    before its first step takes its new folder away again.
+    `start` names the run whose weights a new run begins with; like: see `start_run`. Returns the last validation
+    NE, or with early stopping the best (None: no validation split, or undefined). A finished run is left as it
+    is. Trained weights are never deleted: only a run that fails before its first step takes its new folder away.
 
     Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
     the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
@@ -64,7 +68,7 @@ def train(
     with sole_writer(output, world):
         trainer = None
         try:
-            trainer = Trainer(start_run(output, config, cohorts, world, start), world)
+            trainer = Trainer(start_run(output, config, cohorts, world, like, start), world)
             return trainer.train()
         except BaseException:
             if world.rank == 0 and missing and (trainer is None or trainer.step == 0):
@@ -115,7 +119,6 @@ class Trainer:
         self.ne: float | None = None
         """NE of the last evaluation."""
         self.waiting = Waiting()
-        """For a better NE."""
         self.metrics = self._new_metrics()
         if (newest := self.saved.latest()) is not None:
             self._resume(newest)

@@ -62,7 +62,7 @@ def newest(run: Path) -> Path:
 
 def started(config: Config, run: Path, world, start: Start, cohorts: Path | None = None) -> tuple[Trainer, dict]:
     """The trainer of a new run before its first step, and its model's weights by name."""
-    trainer = Trainer(start_run(run, config, cohorts, world, start), world)
+    trainer = Trainer(start_run(run, config, cohorts, world, start=start), world)
     trainer.checkpoints.save(0, trainer.model, trainer.optimizer, {}, loss=torch.zeros(1))
     trainer.checkpoints.wait()
     parts = StoredParts(newest(run))
@@ -110,7 +110,7 @@ def test_killed_before_its_first_checkpoint_it_starts_from_the_same_weights(fold
     config = day(folder, [2], **{"train.ema": 0.9})
     start = Start(run=first, optimizer=True)
     train(config, tmp_path / "whole", world, start=start)
-    start_run(tmp_path / "parts", config, None, world, start)  # the folder, and no step
+    start_run(tmp_path / "parts", config, None, world, start=start)  # the folder, and no step
     train(replace(config, **{"train.max_steps": 5}), tmp_path / "parts", world, start=start)
     train(config, tmp_path / "parts", world, start=start)
     whole, parts = load_unsharded(newest(tmp_path / "whole")), load_unsharded(newest(tmp_path / "parts"))
@@ -243,7 +243,7 @@ def test_an_auxiliary_prediction_head_is_known_by_its_cohort(folder, world, tmp_
 def test_dense_columns_stay_scaled_as_the_network_knows_them(folder, world, tmp_path):
     one, two = (having(day(folder, [n]), dense=parse_config(tree(folder)).data.dense) for n in (1, 2))
     train(one, tmp_path / "one", world)
-    run = start_run(tmp_path / "two", two, None, world, Start(run=tmp_path / "one"))
+    run = start_run(tmp_path / "two", two, None, world, start=Start(run=tmp_path / "one"))
     own = start_run(tmp_path / "alone", two, None, world)
     before = json.loads((tmp_path / "one" / "statistics.json").read_text())["moments"]["age"]
     assert run.statistics.moments["age"].mean == before["mean"] != own.statistics.moments["age"].mean
@@ -257,7 +257,7 @@ def test_an_admitted_row_stays_admitted(folder, world, tmp_path):
 
     one, two = (start_run(tmp_path / f"{n}", counted(n), None, world).statistics for n in (1, 2))
     train(counted(1), tmp_path / "1", world)
-    both = start_run(tmp_path / "both", counted(2), None, world, Start(run=tmp_path / "1")).statistics
+    both = start_run(tmp_path / "both", counted(2), None, world, start=Start(run=tmp_path / "1")).statistics
     first_R, second_R, both_R = (s.admitted_rows("user_id") for s in (one, two, both))
     assert (first_R & ~second_R).any()
     assert (second_R & ~first_R).any()
@@ -267,7 +267,7 @@ def test_an_admitted_row_stays_admitted(folder, world, tmp_path):
 def on_two_ranks(folder: Path, run: Path, first: Path, sharding: str) -> None:
     config = day(folder, [2], **{"dist.sharding": (sharding,), "data.shards": 2})
     with process_group(config.dist) as world:
-        trainer = Trainer(start_run(run, config, None, world, Start(run=first, optimizer=True)), world)
+        trainer = Trainer(start_run(run, config, None, world, start=Start(run=first, optimizer=True)), world)
         trainer.checkpoints.save(0, trainer.model, trainer.optimizer, {}, loss=torch.zeros(1))
         trainer.checkpoints.wait()
 
@@ -322,16 +322,16 @@ def test_a_run_goes_on_only_as_it_began(folder, world, first, tmp_path, capsys):
 def test_the_earlier_checkpoint_must_be_the_same_until_the_first_one_is_saved(folder, world, first, tmp_path):
     shutil.copytree(first, tmp_path / "first")
     config, start = day(folder, [2]), Start(run=tmp_path / "first")
-    start_run(tmp_path / "run", config, None, world, start)
+    start_run(tmp_path / "run", config, None, world, start=start)
     marker = newest(tmp_path / "first") / "complete.json"
     marker.write_text(marker.read_text().replace("{", "{ ", 1))
     with pytest.raises(CheckpointError, match="is not the checkpoint that"):
-        start_run(tmp_path / "run", config, None, world, start)
+        start_run(tmp_path / "run", config, None, world, start=start)
     shutil.rmtree(newest(tmp_path / "first"))
     with pytest.raises(CheckpointError, match=r"complete.json: cannot be read"):
-        start_run(tmp_path / "run", config, None, world, start)
+        start_run(tmp_path / "run", config, None, world, start=start)
     with pytest.raises(CheckpointError, match="holds no checkpoint to start from"):
-        start_run(tmp_path / "new", config, None, world, start)
+        start_run(tmp_path / "new", config, None, world, start=start)
 
 
 def test_a_damaged_checkpoint_is_no_start(folder, world, first, tmp_path):
