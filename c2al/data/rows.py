@@ -21,6 +21,8 @@ class Jagged:
     values_V: Ints
     offsets: Ints | None
     """(N + 1,), from 0; None where every row has exactly one value, as most features do."""
+    weights_V: Floats | None = None
+    """Weight of each value; None where every value weighs 1."""
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """(N,) values of each row."""
@@ -32,26 +34,31 @@ class Jagged:
         if self.offsets is None:
             return Jagged(self.values_V[start:stop], None)
         offsets = self.offsets[start : stop + 1]
-        return Jagged(self.values_V[offsets[0] : offsets[-1]], offsets - offsets[0])
+        own = slice(offsets[0], offsets[-1])
+        weights_V = None if self.weights_V is None else self.weights_V[own]
+        return Jagged(self.values_V[own], offsets - offsets[0], weights_V)
 
     def take(self, index_N: Ints) -> "Jagged":
         if self.offsets is None:
             return Jagged(self.values_V[index_N], None)
-        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1])
+        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1], self.weights_V)
 
     @staticmethod
     def concat(parts: Sequence["Jagged"]) -> "Jagged":
         values_V = np.concatenate([p.values_V for p in parts])
         if all(p.offsets is None for p in parts):
             return Jagged(values_V, None)
-        return Jagged(values_V, offsets_of(np.concatenate([p.lengths() for p in parts])))
+        weights = [p.weights_V for p in parts if p.weights_V is not None]
+        offsets = offsets_of(np.concatenate([p.lengths() for p in parts]))
+        return Jagged(values_V, offsets, np.concatenate(weights) if weights else None)
 
 
-def gather(values: Ints, starts_N: Ints, stops_N: Ints) -> Jagged:
-    """Row i becomes values[starts_N[i]:stops_N[i]]."""
+def gather(values: Ints, starts_N: Ints, stops_N: Ints, weights: Floats | None = None) -> Jagged:
+    """Row i becomes values[starts_N[i]:stops_N[i]], and its weights likewise."""
     lengths = stops_N - starts_N
     offsets = offsets_of(lengths)
-    return Jagged(values[np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+    index = np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Jagged(values[index], offsets, None if weights is None else weights[index])
 
 
 def offsets_of(lengths_N: npt.NDArray[np.integer]) -> Ints:

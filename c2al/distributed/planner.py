@@ -64,7 +64,8 @@ def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
             sharding_types=kinds,
             compute_kernels=sorted({kernel_of(k) for k in kinds}),
             min_partition=(wanted.min_partition or None) if wanted else None,
-            pooling_factors=[float(features[table].max_length)] if table in features else [1.0],
+            # Of each feature that shares the table.
+            pooling_factors=[float(features[f].max_length) if f in features else 1.0 for f in embedding.feature_names],
         )
     cuda = world.device.type == "cuda"
     hbm = config.dist.hbm_gib * GIB

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import placement
@@ -51,7 +52,7 @@ def shard_model(
     on stderr says so. It is for readers of a trained model, whose predictions no placement changes.
 
     Raises PlanError, with one message on every rank, when no plan fits, a plan file does not suit
-    the model and the ranks, a table is weighted, or a quantized communication is asked for that
+    the model and the ranks, a weighted table pools by mean, or a quantized communication is asked for that
     this stack would silently replace.
     """
     tables = tables_of(model)
@@ -89,8 +90,27 @@ def shard_model(
         plan=_torchrec_plan(model, plan, world),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
     )
-    initialise(dmp, tables, config.seed)
+    _correct_mean_pooling(dmp, plan)
+    normal = {f.table_name: f.init_scale for f in config.data.sparse if f.init == "normal"}
+    initialise(dmp, tables, config.seed, normal)
     return dmp
+
+
+def _correct_mean_pooling(dmp: DistributedModelParallel, plan: Plan) -> None:
+    """Makes TorchRec divide by the lengths of the bags only where it has pooled a mean as a sum.
+
+    It pools a table split by rows by sum, and divides afterwards when the table pools by mean. Where a
+    collection has such a table, TorchRec also divides the features of every table that is not split by rows:
+    a sum becomes a mean, and a mean is divided twice.
+    """
+    for module in dmp.module.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            module._pooling_type_to_rs_features[PoolingType.SUM.value] = [
+                feature
+                for table in module._embedding_bag_configs
+                if table.pooling is PoolingType.SUM or plan[table.name].sharding not in ROW_SPLIT
+                for feature in table.feature_names
+            ]
 
 
 def save_plan(dmp: DistributedModelParallel, path: Path) -> None:

@@ -1,7 +1,8 @@
 """The serving artifact, without auxiliary heads, and the proof that it is the model.
 
 Writes a folder:
-    model.pt2        torch.export program (dense_BF, values, lengths) -> prediction_B, any batch size
+    model.pt2        torch.export program (dense_BF, values, lengths) -> prediction_B, any batch size; with
+                     weighted features also their values, lengths and weights
     config.toml      what the features mean and how they are encoded
     statistics.json  training statistics and vocabularies of that encoding
     proof.json       rows compared with the training model, and the artifact's parameters
@@ -11,6 +12,7 @@ import io
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
 from c2al.files import output_errors, write_atomically
 from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
-from c2al.training.run_folder import open_run
+from c2al.training.run_folder import Run, open_run
 
 TASK_PREFIX = "model."
 """Of C2ALModel's parameters in a checkpoint, which holds a TrainTask."""
@@ -38,17 +40,27 @@ class Serving(nn.Module):
     """(dense_BF, values, lengths) -> prediction_B.
 
     `values` are the ids of all sparse features, feature by feature in config order, and `lengths`
-    (features * B) how many of them each row has, as in a KeyedJaggedTensor.
+    (features * B) how many of them each row has, as in a KeyedJaggedTensor. Features whose table has weights
+    are not among them; the other three arguments are their values, lengths and the values' weights.
     """
 
     def __init__(self, model: C2ALModel):
         super().__init__()
         self.model = model
-        self.keys = model.over.keys
+        own, weighted = [
+            [] if ebc is None else [key for table in ebc.embedding_bag_configs() for key in table.feature_names]
+            for ebc in (model.ebc, model.weighted_ebc)
+        ]
+        self.keys = [key for key in model.over.keys if key in own]
+        self.weighted_keys = [key for key in model.over.keys if key in weighted]
 
-    def forward(self, dense_BF: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-        logit_BT = self.model(dense_BF, KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths))
-        return primary_prediction(logit_BT)
+    def forward(self, dense_BF: Tensor, values: Tensor, lengths: Tensor, *weighted: Tensor) -> Tensor:
+        sparse = KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths)
+        bags = None
+        if self.weighted_keys:
+            w_values, w_lengths, weights = weighted
+            bags = KeyedJaggedTensor(keys=self.weighted_keys, values=w_values, lengths=w_lengths, weights=weights)
+        return primary_prediction(self.model(dense_BF, sparse, bags))
 
 
 def export(
@@ -64,8 +76,7 @@ def export(
     if output.exists():
         raise ConfigError(f"{output}: exists; give another --output")
     run = open_run(run_path)
-    newest = CheckpointReader(run.checkpoints, world).with_newest
-    path, loaded = (checkpoint, load_unsharded(checkpoint)) if checkpoint else newest(lambda p: (p, load_unsharded(p)))
+    path, loaded = _load_checkpoint(run, checkpoint, world)
     # The objective's own state stands beside the model's.
     state = {n.removeprefix(TASK_PREFIX): v for n, v in loaded.items() if n.startswith(TASK_PREFIX)}
     training = _load(run.config, len(run.auxiliary), state, path)
@@ -90,11 +101,10 @@ def export(
     try:
         batches = iter(reader)
         first = next(batches)
-        rows = Dim("rows", min=1)
         program = torch.export.export(
             serving,
             _arguments(first),
-            dynamic_shapes=({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows}),
+            dynamic_shapes=_dynamic_shapes(serving),
         )
         artifact = io.BytesIO()  # writing to a disk that is full, torch would abort the process
         torch.export.save(program, artifact)
@@ -110,6 +120,17 @@ def export(
     return proof
 
 
+def _load_checkpoint(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[str, Tensor]]:
+    """The checkpoint that is exported and its weights: the one asked for, or the run's result."""
+    if checkpoint is not None:
+        return checkpoint, load_unsharded(checkpoint)
+    reader = CheckpointReader(run.checkpoints, world)
+    path, loaded = reader.with_newest(lambda p: (p, load_unsharded(p)), best=run.result_is_best)
+    if run.result_is_best:
+        print(f"exporting {path}, the best checkpoint, since the run stops early", file=sys.stderr)
+    return path, loaded
+
+
 def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path, *, serving: bool = False) -> C2ALModel:
     model = C2ALModel(config, cohorts, table_device="cpu", serving=serving).eval()
     try:
@@ -119,8 +140,21 @@ def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path, *,
     return model
 
 
-def _arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    return batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
+def _dynamic_shapes(serving: Serving) -> tuple[Any, ...]:
+    """Any number of rows and of ids, as torch.export wants it."""
+    rows = Dim("rows", min=1)
+    shapes = ({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows})
+    if not serving.weighted_keys:
+        return shapes
+    ids = Dim("weighted_ids")
+    return (*shapes, ({0: ids}, {0: len(serving.weighted_keys) * rows}, {0: ids}))
+
+
+def _arguments(batch: Batch) -> tuple[Tensor, ...]:
+    own = batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
+    if batch.weighted is None:
+        return own
+    return (*own, batch.weighted.values(), batch.weighted.lengths(), batch.weighted.weights())
 
 
 def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkpoint: Path) -> dict[str, Any]:
@@ -129,7 +163,7 @@ def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkp
     module, rows = program.module(), 0
     with torch.no_grad():
         for batch in batches:
-            expected_B = primary_prediction(training(batch.dense_BF, batch.sparse))
+            expected_B = primary_prediction(training(batch.dense_BF, batch.sparse, batch.weighted))
             served_B = module(*_arguments(batch))
             if not torch.equal(expected_B, served_B):
                 worst = (expected_B - served_B).abs().max().item()

@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from c2al.config import Config
+from c2al.config import Config, SparseFeature
 from c2al.data.batch import Batch
 from c2al.nn.combine import Combine
 from c2al.nn.dense import DenseArch
@@ -41,6 +41,12 @@ class OverArch(nn.Module):
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
         self.dim = model.embedding_dim
+        self.dims = {name: features[0].dim or self.dim for name, features in data.tables.items()}
+        """Columns of each table."""
+        self.tables = {name: [f.key for f in features] for name, features in data.tables.items()}
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(dim, self.dim, bias=False) for name, dim in self.dims.items() if dim != self.dim}
+        )
         self.autocast = config.train.precision == "bfloat16"
         self.dense_arch = (
             DenseArch(len(data.dense), list(model.dense_hidden), model.dense_tokens, self.dim) if data.dense else None
@@ -58,12 +64,8 @@ class OverArch(nn.Module):
         self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden, combine)
         self.encoder.add_auxiliary(cohorts, serving)
 
-    def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
-        if pooled is None:
-            return self.logits(dense_BF, None)
-        # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
-        (values_BX,) = KeyedTensor.regroup([pooled], [self.keys])
-        return self.logits(dense_BF, values_BX.view(-1, len(self.keys), self.dim))
+    def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor]) -> Tensor:
+        return self.logits(dense_BF, self._embeddings(pooled) if pooled else None)
 
     def logits(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         """logit_BT of the pooled embeddings, N of them in config order."""
@@ -79,10 +81,31 @@ class OverArch(nn.Module):
                 logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
 
+    def _embeddings(self, pooled: Sequence[KeyedTensor]) -> Tensor:
+        """The pooled embeddings of all features in config order, each projected to D columns."""
+        # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
+        if not self.projections:
+            (values_BE,) = KeyedTensor.regroup(list(pooled), [self.keys])
+            values_BND: Tensor = values_BE.view(-1, len(self.keys), self.dim)
+            return values_BND
+        # A group holds tables of one dim, so that it can be taken apart into features.
+        groups = [[key for name, keys in self.tables.items() if name not in self.projections for key in keys]]
+        groups = [group for group in groups if group] + [self.tables[name] for name in self.projections]
+        parts = KeyedTensor.regroup(list(pooled), groups)
+        names = [""] * (len(groups) - len(self.projections)) + list(self.projections)
+        of_key: dict[str, Tensor] = {}
+        for name, keys, values_BE in zip(names, groups, parts, strict=True):
+            part_BND = values_BE.view(values_BE.shape[0], len(keys), self.dims[name] if name else self.dim)
+            if name:
+                part_BND = self.projections[name](part_BND)
+            of_key |= dict(zip(keys, part_BND.unbind(1), strict=True))
+        return torch.stack([of_key[key] for key in self.keys], dim=1)
+
 
 class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
+    `sparse` holds the features whose tables have no weights, `weighted` the others, as a Batch does.
     `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts. `serving`
     leaves out what the primary task does not need: T = 1.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
@@ -90,29 +113,40 @@ class C2ALModel(nn.Module):
 
     def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta", *, serving: bool = False) -> None:
         super().__init__()
-        self.ebc = (
-            EmbeddingBagCollection(
-                device=torch.device(table_device),
-                tables=[
-                    EmbeddingBagConfig(
-                        name=f.key,
-                        num_embeddings=f.rows,
-                        embedding_dim=config.model.embedding_dim,
-                        feature_names=[f.key],
-                        pooling=PoolingType.SUM if f.pooling == "sum" else PoolingType.MEAN,
-                    )
-                    for f in config.data.sparse
-                ],
-            )
-            if config.data.sparse
-            else None
-        )
+        weighted = config.data.weighted_tables
+        tables = [_table(name, features, config) for name, features in config.data.tables.items()]
+        self.ebc = _collection([t for t in tables if t.name not in weighted], table_device)
+        self.weighted_ebc = _collection([t for t in tables if t.name in weighted], table_device, weighted=True)
         self.over = OverArch(config, cohorts, serving)
 
-    def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
-        pooled = None if self.ebc is None else self.ebc(sparse)
+    def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor, weighted: KeyedJaggedTensor | None = None) -> Tensor:
+        pooled = [] if self.ebc is None else [self.ebc(sparse)]
+        if self.weighted_ebc is not None:
+            pooled.append(self.weighted_ebc(weighted))
         logit_BT: Tensor = self.over(dense_BF, pooled)
         return logit_BT
+
+
+def _table(name: str, features: Sequence[SparseFeature], config: Config) -> EmbeddingBagConfig:
+    """The table that `features`, which agree in all that describes it, share."""
+    feature = features[0]
+    bound = feature.init_scale if feature.init == "uniform" and feature.init_scale else None
+    return EmbeddingBagConfig(
+        name=name,
+        num_embeddings=feature.rows,
+        embedding_dim=feature.dim or config.model.embedding_dim,
+        feature_names=[f.key for f in features],
+        pooling=PoolingType.SUM if feature.pooling == "sum" else PoolingType.MEAN,
+        weight_init_min=None if bound is None else -bound,
+        weight_init_max=bound,
+    )
+
+
+def _collection(tables: list[EmbeddingBagConfig], device: str, weighted: bool = False) -> EmbeddingBagCollection | None:
+    """The collection of the tables; None without any."""
+    if not tables:
+        return None
+    return EmbeddingBagCollection(device=torch.device(device), tables=tables, is_weighted=weighted)
 
 
 def primary_prediction(logit_BT: Tensor) -> Tensor:
@@ -135,7 +169,7 @@ class TrainTask(nn.Module):
         self.objective = Objective(config, cohorts, world_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, tuple[Tensor | None, Tensor, Batch]]:
-        logit_BT = self.model(batch.dense_BF, batch.sparse)
+        logit_BT = self.model(batch.dense_BF, batch.sparse, batch.weighted)
         if not self.training:
             return None, (None, logit_BT.detach(), batch)
         loss, task_T = self.objective(logit_BT, batch.label_B, batch.weight_B, batch.member_BC, batch.rows)
