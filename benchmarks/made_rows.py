@@ -35,13 +35,13 @@ def table(data: DataConfig, rows: int, seed: int = 0) -> pa.Table:
             columns[feature.column] = pa.array(rng.uniform(0, 2 * feature.edges[-1] + 1, rows))
             continue
         longest = max(f.max_length for f in sharing)
-        lengths = rng.integers(1, longest + 1, rows)
+        lengths = rng.integers(1, max(longest, 1) + 1, rows)
         limit = min(f.rows for f in sharing if f.encoding != "bucketise")
         ids = (rng.random(lengths.sum()) ** 2 * limit).astype(np.int64)
         values: pa.Array = pa.array(ids)
         if all(f.encoding == "vocabulary" for f in sharing):
             values = pa.array([f"v{i}" for i in range(WORDS)]).take(pa.array(ids % WORDS))
-        if longest > 1:
+        if longest:
             values = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), values)
         columns[feature.column] = values
     for dense in data.dense:
@@ -64,7 +64,7 @@ def in_memory(data: DataConfig, merged: MergedTable, rows: tuple[int, ...], batc
 def _batches(
     data: DataConfig, impressions: pa.Table, merged: MergedTable, rows: tuple[int, ...], batch: int
 ) -> Iterator[Columns]:
-    single = all(feature.max_length == 1 for feature in data.sparse)
+    single = all(feature.max_length == 0 for feature in data.sparse)
     for start in range(0, len(impressions), batch):
         part = impressions.slice(start, batch).combine_chunks()
         dense = [_standardised(part[d.column]) for d in data.dense]

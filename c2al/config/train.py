@@ -101,6 +101,10 @@ class TrainConfig:
     first gradients of every embedding row carry the base rate and fill Adagrad's sums with it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the dense part; parameters and losses stay float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of what stands above the tables, in training steps; evaluation, scoring and export run the plain
+    lines. auto: on the CPU, where training is long enough to pay for compiling, which takes a minute once; plain
+    lines where no C++ compiler is. on: always, and an error where that fails. Both round differently."""
     log_every: int = 50
     """Steps between log lines."""
     eval_every: int = 0

@@ -36,6 +36,9 @@ class HostTables:
     """
 
     def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen) -> None:
+        if len(set(kernel.feature_table_map)) != len(kernel.feature_table_map):
+            # The gradients of a row must meet before its update, over all features that read it.
+            raise NotImplementedError(f"two features read one table: {list(kernel.feature_table_map)}")
         self._kernel = kernel
         self._slot_R = np.full(int(kernel.total_hash_size), -1, np.int32)
         """Where a row's gradient is summed in the batch at work; -1: the batch has not named it. 4 bytes per row."""
@@ -53,7 +56,8 @@ class HostTables:
     def __call__(self, indices: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """(B, sum of D): as SplitTableBatchedEmbeddingBagsCodegen.forward."""
         assert per_sample_weights is None
-        out: Tensor = _Lookup.apply(self._kernel.placeholder_autograd_tensor, self, indices, offsets)
+        placeholder = self._kernel.placeholder_autograd_tensor
+        out: Tensor = _Lookup.apply(placeholder, self, indices, offsets)  # type: ignore[no-untyped-call]
         return out
 
     def lookup(self, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -96,7 +100,7 @@ class _Lookup(torch.autograd.Function):
         return tables.lookup(indices, offsets)
 
     @staticmethod
-    def backward(ctx: Any, grad_BD: Tensor) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BD: Tensor) -> tuple[None, None, None, None]:
         ctx.tables.update(grad_BD, *ctx.saved_tensors)
         return None, None, None, None
 

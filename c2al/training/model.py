@@ -4,7 +4,7 @@ Letters: B batch, F dense features, N fields (dense tokens, then sparse features
 D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +40,33 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
+        self.compiled: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """What runs in place of `logits` in training, see c2al.training.compilation."""
         # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
         self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, cohorts, model.auxiliary_hidden)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
+        values_BF = None
+        if pooled is not None:
+            # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
+            (values_BF,) = KeyedTensor.regroup([pooled], [self.keys])
+        return (self.compiled if self.compiled and self.training else self.logits)(dense_BF, values_BF)
+
+    def encode(self, dense_BF: Tensor, values_BF: Tensor | None) -> Tensor:
+        """h of Section 4, flattened: the encoder of dense features and of pooled embeddings side by side."""
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
             tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
-            if pooled is not None:
-                # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
-                (values_BND,) = KeyedTensor.regroup([pooled], [self.keys])
-                tokens.append(values_BND.view(-1, len(self.keys), self.dim).to(tokens[0].dtype if tokens else None))
+            if values_BF is not None:
+                values_BND = values_BF.view(-1, len(self.keys), self.dim)
+                tokens.append(values_BND.to(tokens[0].dtype) if tokens else values_BND)
             x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            logit_BT: Tensor = self.heads(self.dhen(x_BND).flatten(1))
+            h_BF: Tensor = self.dhen(x_BND).flatten(1)
+        return h_BF
+
+    def logits(self, dense_BF: Tensor, values_BF: Tensor | None) -> Tensor:
+        """What `forward` returns, of plain tensors; torch.compile takes it whole."""
+        with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
+            logit_BT: Tensor = self.heads(self.encode(dense_BF, values_BF))
         return logit_BT.float()
 
 
