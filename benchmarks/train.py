@@ -13,9 +13,10 @@ dlrm       torchrec.models.dlrm on the same batches in memory: another model, fo
 fuxictr    not run: it has no part here yet
 
 samples/s and samples per CPU second are of the steps after --warm-up; start-up is the time from the process's
-start to the end of the warm-up, compiling included. Every process keeps freed memory, as c2al does. Medians, minima and maxima over the rounds go to benchmarks/results/train.csv,
-written after every round. --breakdown adds where a step of c2al goes, from a run of its own under
-torch.profiler (which slows it: read it as shares): results/train_breakdown.csv.
+start to the end of the warm-up, compiling included. Every process keeps freed memory, as c2al does.
+Medians, minima and maxima over the rounds go to benchmarks/results/train.csv, written after every round.
+--breakdown adds where a step of c2al goes, from a run of its own, not compiled, under torch.profiler (which slows
+it: read it as shares): results/train_breakdown.csv.
 """
 
 import argparse

@@ -16,6 +16,7 @@ JOBS = {
     "score": "predict with a checkpoint and write Parquet",
     "discover": "find the head and tail cohorts in scored impressions",
     "evaluate": "NE, NE_diff, calibration and AUC with intervals",
+    "describe": "layers, parameters and FLOPs of a configuration, in training and at serving",
     "export": "write and prove the serving artifact",
     "experiment": "arms against the baseline over paired seeds, with a report",
     "demo": "two experiments on synthetic impressions whose truth is known",
@@ -29,6 +30,7 @@ SETTINGS = {
     "score": ("data", "dist", "axes"),
     "discover": ("data", "dist", "axes", "discover"),
     "evaluate": ("", "data", "axes", "evaluate"),
+    "describe": ("data", "model", "train", "arms"),
     "experiment": _ALL,
     "demo": _ALL,
 }

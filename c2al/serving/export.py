@@ -69,7 +69,7 @@ def export(
     state = {name.removeprefix(TASK_PREFIX): value for name, value in loaded.items()}
     training = _load(run.config, len(run.cohorts), state, path)
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
-    serving = Serving(_load(run.config, 0, served, path)).eval()
+    serving = Serving(_load(run.config, len(run.cohorts), served, path, serving=True)).eval()
 
     reader = BatchReader(
         data,
@@ -109,8 +109,8 @@ def export(
     return proof
 
 
-def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path) -> C2ALModel:
-    model = C2ALModel(config, cohorts, table_device="cpu").eval()
+def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path, *, serving: bool = False) -> C2ALModel:
+    model = C2ALModel(config, cohorts, table_device="cpu", serving=serving).eval()
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

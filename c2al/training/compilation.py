@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def compile_training(dmp: DistributedModelParallel, config: Config, world: World, steps: int) -> None:
     """Compiles what stands above the tables of a TrainTask, as `config.train.compile` says.
 
-    The choice depends on the config and the number of steps alone, and not on the auxiliary prediction
-    heads: arms that are compared are compiled alike.
+    The choice depends on the config and the number of steps alone, and only on what lies below the encoder and
+    the prediction heads: arms that are compared are compiled alike.
     """
     (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
     choice = config.train.compile
@@ -40,11 +40,10 @@ def compile_training(dmp: DistributedModelParallel, config: Config, world: World
 def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
     """Whether the run's products above the tables, forward and backward, are more than WORTH_FLOPS."""
     rows = 8
-    features = over.dim * len(over.keys)
     over.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        values_BF = torch.zeros(rows, features) if features else None
-        over.encode(torch.zeros(rows, len(config.data.dense)), values_BF)
+        pooled_BND = torch.zeros(rows, len(over.keys), over.dim) if over.keys else None
+        over.interact(torch.zeros(rows, len(config.data.dense)), pooled_BND)
     over.train()
     forward = float(counter.get_total_flops()) / rows * config.train.batch_size / world.size
     return 3 * forward * steps > WORTH_FLOPS
@@ -60,17 +59,17 @@ class _Compiled:
         self._compiled: Any = torch.compile(over.logits, fullgraph=True, dynamic=False, options=options)
         self._required, self._failed = required, False
 
-    def __call__(self, dense_BF: Tensor, values_BF: Tensor | None) -> Tensor:
+    def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         if self._failed:
-            return self._plain(dense_BF, values_BF)  # type: ignore[no-any-return]
+            return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return self._compiled(dense_BF, values_BF)  # type: ignore[no-any-return]
+            return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
         except TorchDynamoException as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             if self._required:
                 raise BackendError(f"train.compile = 'on': torch.compile failed: {reason}") from e
             logger.warning("train.compile: torch.compile failed, training goes on without it: %s", reason)
             self._failed = True
-        return self._plain(dense_BF, values_BF)  # type: ignore[no-any-return]
+        return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]

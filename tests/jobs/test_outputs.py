@@ -41,6 +41,7 @@ def inputs(tmp_path_factory) -> dict[str, list[str]]:
         "score": ["score", "--run", run, "--data", test],
         "discover": ["discover", *c, "--scores", scores],
         "evaluate": ["evaluate", *c, "--scores", scores, "--cohorts", str(write_cohorts(folder / "cohorts.json"))],
+        "describe": ["describe", *c],
         "export": ["export", "--run", run, "--data", test],
         "experiment": ["experiment", *c],
         "demo": ["demo"],

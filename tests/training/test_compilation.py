@@ -57,10 +57,10 @@ def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
     assert over.compiled is not None
     assert not over.compiled._failed
     over.eval()
-    values_BF = torch.randn(5, over.dim * len(over.keys))
+    pooled_BND = torch.randn(5, len(over.keys), over.dim)
     dense_BF = torch.randn(5, 1)
     calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    over.logits(dense_BF, values_BF)
+    over.logits(dense_BF, pooled_BND)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls == 1, "one graph, of training steps"
 
 
