@@ -66,10 +66,11 @@ def export(
     run = open_run(run_path)
     newest = CheckpointReader(run.checkpoints, world).with_newest
     path, loaded = (checkpoint, load_unsharded(checkpoint)) if checkpoint else newest(lambda p: (p, load_unsharded(p)))
-    state = {name.removeprefix(TASK_PREFIX): value for name, value in loaded.items()}
-    training = _load(run.config, len(run.cohorts), state, path)
+    # The objective's own state stands beside the model's.
+    state = {n.removeprefix(TASK_PREFIX): v for n, v in loaded.items() if n.startswith(TASK_PREFIX)}
+    training = _load(run.config, len(run.auxiliary), state, path)
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
-    serving = Serving(_load(run.config, len(run.cohorts), served, path, serving=True)).eval()
+    serving = Serving(_load(run.config, len(run.auxiliary), served, path, serving=True)).eval()
 
     reader = BatchReader(
         data,

@@ -1,6 +1,6 @@
 """torch.compile of training steps: when it pays, and what happens where it cannot be had.
 
-Only the function of OverArch is compiled, not the module: names of parameters stay as they are, and evaluation,
+Only the function below the encoder and the prediction heads is compiled, not the module: names of parameters stay as they are, and evaluation,
 scoring, diagnostics and export, which hook modules or must agree to the bit, run the plain lines.
 """
 
@@ -50,13 +50,13 @@ def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
 
 
 class _Compiled:
-    """OverArch.logits under torch.compile; as it stands, where compiling fails and is not required."""
+    """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required."""
 
     def __init__(self, over: OverArch, required: bool) -> None:
-        self._plain: Any = over.logits
+        self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
         options: dict[str, Any] = {"fallback_random": True}
-        self._compiled: Any = torch.compile(over.logits, fullgraph=True, dynamic=False, options=options)
+        self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self._failed = required, False
 
     def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
