@@ -1,7 +1,7 @@
 """torch.compile of training steps: when it pays, and what happens where it cannot be had.
 
-Only the function below the encoder and the prediction heads is compiled, not the module: names of parameters stay as they are, and evaluation,
-scoring, diagnostics and export, which hook modules or must agree to the bit, run the plain lines.
+Only the function below the encoder and the prediction heads is compiled, not the module. Names of parameters stay as
+they are; evaluation, scoring, diagnostics and export, which hook modules or must agree to the bit, run the plain lines.
 """
 
 import logging
