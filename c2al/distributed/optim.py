@@ -64,13 +64,17 @@ class Optimizer:
         }
         kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam
         self._adam = kind(
-            list(self._dense.values()), lr=config.dense_lr, betas=config.betas, weight_decay=config.weight_decay
+            list(self._dense.values()),
+            lr=config.dense_lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         # Adam makes its state at the first step. A checkpoint that is loaded before that step would be
         # dropped without a word.
         for p in self._dense.values():
             self._adam.state[p] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }

@@ -33,6 +33,7 @@ from c2al.config import Config, DistConfig
 from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, read_plan, write_plan
 from c2al.distributed.planner import Sharder, choose_plan, kernel_of
 from c2al.distributed.process import World
+from c2al.distributed.table_update import update_on_host
 from c2al.distributed.tables import collections_of, initialise, plan_of, sharded_configs, tables_of
 from c2al.errors import PlanError
 from c2al.text import table as text_table
@@ -93,6 +94,8 @@ def shard_model(
     _correct_mean_pooling(dmp, plan)
     normal = {f.table_name: f.init_scale for f in config.data.sparse if f.init == "normal"}
     initialise(dmp, tables, config.seed, normal)
+    if world.device.type == "cpu":
+        update_on_host(dmp)
     return dmp
 
 

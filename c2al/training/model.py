@@ -4,7 +4,7 @@ Letters: B batch, F dense features, N fields (dense tokens, then sparse features
 D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
+        self.compiled: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """What runs in place of `interact` in training, see c2al.training.compilation."""
         self.encoder = encoder_of(model, self.dhen.out_fields * self.dim)
         inputs = len(data.dense) + len(self.keys) * self.dim
         self.wide = nn.Linear(inputs, 1, bias=False) if model.wide else None
@@ -67,14 +69,20 @@ class OverArch(nn.Module):
     def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor]) -> Tensor:
         return self.logits(dense_BF, self._embeddings(pooled) if pooled else None)
 
+    def interact(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
+        """What the DHEN layers put out, flattened: (B, out_fields * D)."""
+        tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
+        if pooled_BND is not None:
+            tokens.append(pooled_BND.to(tokens[0].dtype if tokens else None))
+        x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        fields_BLD: Tensor = self.dhen(x_BND)
+        return fields_BLD.flatten(1)
+
     def logits(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         """logit_BT of the pooled embeddings, N of them in config order."""
+        interact = self.compiled if self.compiled and self.training else self.interact
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
-            tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
-            if pooled_BND is not None:
-                tokens.append(pooled_BND.to(tokens[0].dtype if tokens else None))
-            x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            logit_BT: Tensor = self.heads(self.encoder(self.dhen(x_BND).flatten(1)))
+            logit_BT: Tensor = self.heads(self.encoder(interact(dense_BF, pooled_BND)))
             if self.wide is not None:
                 inputs = [dense_BF] if pooled_BND is None else [dense_BF, pooled_BND.flatten(1)]
                 wide_B1 = self.wide(torch.cat(inputs, dim=1))

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import profile, schedule, tensorboard_trace_handler
-from torchrec.distributed.train_pipeline import GradientAccumulationConfig, GradientAccumulationWrapper
 from tqdm import tqdm
 
 from c2al.config import Config
@@ -24,6 +22,7 @@ from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import CheckpointError, TrainingError
 from c2al.training.batches import training_batches, training_reader, validation_batches
+from c2al.training.compilation import compile_training
 from c2al.training.diagnostics import UnitRecorder, YRecorder
 from c2al.training.dynamics import Dynamics
 from c2al.training.early_stopping import Waiting
@@ -31,7 +30,8 @@ from c2al.training.interrupt import Interrupt
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
 from c2al.training.model import TrainTask
 from c2al.training.objective import Objective
-from c2al.training.pipeline import Clock, Pipeline
+from c2al.training.pipeline import Clock, make_steps
+from c2al.training.profiler import profiler_of
 from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
 from c2al.training.start_from import Start
 from c2al.training.start_weights import load_start
@@ -108,13 +108,8 @@ class Trainer:
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
         self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates, self.config.train.ema)
-        self.pipeline = Pipeline(self.model, self.optimizer, world.device, self.clock)
-        self.accumulation = GradientAccumulationWrapper(
-            self.pipeline,
-            self.pipeline.optimizer,  # the timed one: the wrapper calls what it is given, not the pipeline's
-            self.model,
-            GradientAccumulationConfig(num_steps=self.config.train.accumulate),
-        )
+        compile_training(self.model, self.config, world, self.total)
+        self.steps = make_steps(self.model, self.optimizer, world, self.clock, self.config.train.accumulate)
         self.saved = CheckpointReader(run.checkpoints, world)
         self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
         self.step = 0
@@ -148,7 +143,12 @@ class Trainer:
             )
             return self._result()
         batches = self._batches()
-        with self.checkpoints, Interrupt() as interrupt, self._progress_bar() as bar, self._profiler() as profiler:
+        with (
+            self.checkpoints,
+            Interrupt() as interrupt,
+            self._progress_bar() as bar,
+            profiler_of(self.run, self.world) as profiler,
+        ):
             if self.waiting.missed(train.early_stopping, self.step) and self._due(train.eval_every):
                 self._evaluate()
                 self._save(self.ne)
@@ -207,7 +207,7 @@ class Trainer:
         self.objective.at_step(step - 1, self.total)
         self.dynamics.before(step, logged=step == self.total or step % self.config.train.log_every == 0)
         # The last step of all is an optimizer step whatever is accumulated.
-        task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
+        task_T, logit_BT, batch = self.steps.progress(batches, step == self.total)
         self.step_loss_T = task_T
         self.loss_T += task_T
         self._update(self.metrics, logit_BT, batch)
@@ -263,7 +263,7 @@ class Trainer:
             "lifetime": _table(lifetime.compute()),
             "samples_per_second": speed,
             "seconds": seconds,
-            "input_dist_overlapped": self.pipeline.overlapped,
+            "input_dist_overlapped": self.steps.overlapped,
             "peak_memory_mib": _peak_memory_mib(self.world.device),
             "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
             "lambda": dict(zip(self.run.auxiliary, self.objective.lambda_C, strict=True)),
@@ -307,13 +307,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Takes the model out of the pipeline, whose batches in flight stay where they are."""
-        self.pipeline.detach()
-        self.model.eval()
-        with torch.no_grad():
+        with self.steps.paused(), torch.no_grad():
+            self.model.eval()
             yield
-        self.model.train()
-        self.pipeline.attach(self.model)
+            self.model.train()
 
     def _save(self, ne: float | None = None) -> None:
         """Saves this step; `ne` is that of the very weights that are saved, or None."""
@@ -363,23 +360,6 @@ class Trainer:
     def _progress_bar(self) -> Any:
         shown = None if self.world.rank == 0 else True
         return tqdm(total=self.total, initial=self.step, unit="step", disable=shown)
-
-    def _profiler(self) -> Any:
-        steps = self.config.train.profile_steps
-        if not steps:
-            return NoProfile()
-        handler = tensorboard_trace_handler(str(self.run.path / "profile"), f"rank{self.world.rank}")
-        return profile(schedule=schedule(wait=10, warmup=1, active=steps, repeat=1), on_trace_ready=handler)
-
-
-class NoProfile(contextlib.nullcontext["NoProfile"]):
-    """Stands where torch.profiler stands when no trace was asked for."""
-
-    def __enter__(self) -> "NoProfile":
-        return self
-
-    def step(self) -> None:
-        pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
