@@ -76,4 +76,4 @@ def test_evaluation_moves_no_table():
 def test_tables_that_features_share_keep_fbgemms_update():
     """The gradients of a row must meet before its update, over all features that read it."""
     assert _shares_a_table(kernel((16, 16, 16), PoolingMode.SUM, True))
-    assert not _shares_a_table(kernel((16, 16, 16), PoolingMode.SUM))
+    assert not _shares_a_table(kernel((16, 16, 16), PoolingMode.SUM, False))
