@@ -231,7 +231,8 @@ class DataConfig:
         return frozenset(f.table_name for f in self.sparse if f.weights)
 
     def problems(self) -> Problems:
-        if not self.sparse:
+        # Discovery and evaluation read scores: their configuration need not describe a model.
+        if self.train and not self.sparse:
             yield "sparse", "at least one sparse feature is needed: TorchRec shards and trains embedding tables"
         for field in ("label", "row_id", "user_id"):
             if not getattr(self, field):

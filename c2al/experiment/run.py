@@ -163,7 +163,7 @@ def check(config: Config, share: Share) -> None:
     """Raises ConfigError with every problem of a configuration that is no experiment."""
     problems = share_problems(share, config)
     if config.train.auxiliary:
-        problems.append("train: auxiliary losses are what the arms add; the experiment's own lambdas must be 0")
+        problems.append("train.auxiliary_lambda, train.lambdas: must be 0; auxiliary losses are what the arms add")
     elif config.train.needs_cohorts:
         problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]

@@ -73,7 +73,7 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path):
         ({"model.dropout": float("nan")}, "model.dropout: must be finite"),
         ({"data.label.x": 1}, "'label' is not a section"),
         ({"data.label": ""}, "data.label: must name a column"),
-        ({"data.sparse": ()}, "data.sparse: at least one sparse feature is needed"),
+        ({"data.sparse": (), "data.train": ("x",)}, "data.sparse: at least one sparse feature is needed"),
     ],
 )
 def test_impossible_values_are_refused(changes, message):
