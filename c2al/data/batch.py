@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-from c2al.data.rows import Floats, Rows
+from c2al.data.rows import Floats, Rows, model_inputs, padded
 
 
 @dataclasses.dataclass
@@ -62,22 +61,14 @@ def collate(parts: Sequence[Rows], keys: Sequence[str], size: int, rows: int) ->
     `rows` is what Batch.rows says. The tensors own their memory.
     """
     real = sum(len(p) for p in parts)
-    lengths_KB = np.zeros((len(keys), size), dtype=np.int32)
-    values = [np.zeros(0, dtype=np.int64)]
-    for key in range(len(keys)):
-        at = 0
-        for part in parts:
-            jagged = part.sparse[key]
-            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
-            values.append(jagged.values_V)
-            at += len(part)
+    dense_BF, values, lengths = model_inputs(parts, size)
     tables = [p.carried for p in parts if p.carried is not None]
     return Batch(
-        dense_BF=_padded([p.dense_NF for p in parts], real, size),
+        dense_BF=torch.from_numpy(dense_BF),
         sparse=KeyedJaggedTensor(
             keys=list(keys),
-            values=torch.from_numpy(np.concatenate(values)),
-            lengths=torch.from_numpy(lengths_KB.reshape(-1)),
+            values=torch.from_numpy(values),
+            lengths=torch.from_numpy(lengths),
             stride=size,
         ),
         label_B=_padded([p.label_N for p in parts], real, size),
@@ -89,6 +80,4 @@ def collate(parts: Sequence[Rows], keys: Sequence[str], size: int, rows: int) ->
 
 
 def _padded(parts: Sequence[Floats], real: int, size: int) -> torch.Tensor:
-    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
-    np.concatenate(parts, out=out[:real])
-    return torch.from_numpy(out)
+    return torch.from_numpy(padded(parts, real, size))

@@ -110,3 +110,30 @@ class Rows:
             np.concatenate([p.member_NC for p in parts]),
             pa.concat_tables(tables) if tables else None,
         )
+
+
+def model_inputs(parts: Sequence[Rows], size: int) -> tuple[Floats, Ints, npt.NDArray[np.int32]]:
+    """All rows of `parts`, padded to B = size: dense_BF, and values and lengths of a KeyedJaggedTensor.
+
+    The values stand feature by feature in config order, and so do the lengths (features * B). A padding
+    row has zeros and empty bags. Training and serving both feed the model with this.
+    """
+    features = len(parts[0].sparse)
+    lengths_KB = np.zeros((features, size), dtype=np.int32)
+    values = [np.zeros(0, dtype=np.int64)]
+    for key in range(features):
+        at = 0
+        for part in parts:
+            jagged = part.sparse[key]
+            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
+            values.append(jagged.values_V)
+            at += len(part)
+    dense_BF = padded([p.dense_NF for p in parts], sum(len(p) for p in parts), size)
+    return dense_BF, np.concatenate(values), lengths_KB.reshape(-1)
+
+
+def padded(parts: Sequence[Floats], real: int, size: int) -> Floats:
+    """The arrays one after another, `real` rows in all, with rows of zeros up to `size`."""
+    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
+    np.concatenate(parts, out=out[:real])
+    return out

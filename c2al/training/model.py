@@ -26,7 +26,11 @@ AUXILIARY_PREFIX = "over.heads.auxiliary."
 class OverArch(nn.Module):
     """Everything above the embedding tables.
 
-    Takes dense_BF and the pooled embeddings, returns logit_BT in float32.
+    Takes dense_BF, the summed embeddings and the lengths of the bags, returns logit_BT in float32.
+
+    It makes the means of mean-pooled features itself. torchrec's own mean of a table that is split by rows
+    divides every feature of the model by (length + 1e-6), the sums among them, so that predictions would
+    depend on the sharding plan.
     """
 
     def __init__(self, config: Config, cohorts: int) -> None:
@@ -34,6 +38,7 @@ class OverArch(nn.Module):
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
         self.dim = model.embedding_dim
+        self.means = [i for i, feature in enumerate(data.sparse) if feature.pooling == "mean"]
         self.autocast = config.train.precision == "bfloat16"
         self.dense_arch = (
             DenseArch(len(data.dense), list(model.dense_hidden), model.dense_tokens, self.dim) if data.dense else None
@@ -43,13 +48,28 @@ class OverArch(nn.Module):
         # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
         self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, cohorts, model.auxiliary_hidden)
 
-    def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None) -> Tensor:
+    def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, lengths: Tensor | None = None) -> Tensor:
+        if pooled is None:
+            return self.logits(dense_BF, None)
+        # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
+        (values_BX,) = KeyedTensor.regroup([pooled], [self.keys])
+        return self.logits(dense_BF, values_BX.view(-1, len(self.keys), self.dim), lengths)
+
+    def logits(self, dense_BF: Tensor, sum_BND: Tensor | None, lengths: Tensor | None = None) -> Tensor:
+        """logit_BT of the sums of embeddings, N of them in config order.
+
+        `lengths` (N * B) says how many embeddings each is the sum of; without it nothing is divided.
+        """
+        if sum_BND is not None and lengths is not None and self.means:
+            length_NB = lengths.view(len(self.keys), -1)
+            divisor_NB = torch.ones_like(length_NB, dtype=torch.float32)
+            for i in self.means:
+                divisor_NB[i] = length_NB[i].clamp(min=1)
+            sum_BND = sum_BND / divisor_NB.T[:, :, None]
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
             tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
-            if pooled is not None:
-                # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
-                (values_BND,) = KeyedTensor.regroup([pooled], [self.keys])
-                tokens.append(values_BND.view(-1, len(self.keys), self.dim).to(tokens[0].dtype if tokens else None))
+            if sum_BND is not None:
+                tokens.append(sum_BND.to(tokens[0].dtype if tokens else None))
             x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
             logit_BT: Tensor = self.heads(self.dhen(x_BND).flatten(1))
         return logit_BT.float()
@@ -73,7 +93,7 @@ class C2ALModel(nn.Module):
                         num_embeddings=f.rows,
                         embedding_dim=config.model.embedding_dim,
                         feature_names=[f.key],
-                        pooling=PoolingType.SUM if f.pooling == "sum" else PoolingType.MEAN,
+                        pooling=PoolingType.SUM,  # OverArch makes the means
                     )
                     for f in config.data.sparse
                 ],
@@ -85,7 +105,7 @@ class C2ALModel(nn.Module):
 
     def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         pooled = None if self.ebc is None else self.ebc(sparse)
-        logit_BT: Tensor = self.over(dense_BF, pooled)
+        logit_BT: Tensor = self.over(dense_BF, pooled, sparse.lengths())
         return logit_BT
 
 
