@@ -33,7 +33,9 @@ class Requirement:
     """What to say of a column that is not there and has no similar name."""
 
 
-def check_columns(files: Iterable[Columns], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True) -> None:
+def check_columns(
+    files: Iterable[Columns], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True
+) -> None:
     """Checks the whole contract of the data: everything that some job will need of `files`.
 
     These are the label, the weight, the row id (integer), the user id (integer or string), the time and

@@ -61,7 +61,7 @@ class Schema:
         )
 
     def problems(self) -> Problems:
-        columns = {f.column for f in (*self.dense, *self.sparse)}
+        columns = {f.column for f in self.dense} | {f.column for f in self.sparse}
         for column in self.defaults:
             if column not in columns:
                 yield f"defaults.{column}", "is the column of no feature"

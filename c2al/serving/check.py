@@ -3,8 +3,9 @@
 Needs torch, pyarrow and numpy only.
 """
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,14 +84,12 @@ def _variants(artifact: Path, files: Sequence[File], expected_N: Floats | None, 
                 "compare with the training model itself by --run"
             )
         expected_N = served_N
-    rows = [("variant", "rows", "bit-equal", "max difference", "NE", "NE change", "bound")]
+    rows: list[Title] = [("variant", "rows", "bit-equal", "max difference", "NE", "NE change", "bound")]
     wrong = []
     for variant in first.artifact.variants:
         predictor = first if variant == "float" else Predictor(artifact, variant)
         sums = Sums()
-        sums.update(
-            served_N if variant == "float" else predictions(predictor, files), expected_N, label_N, weight_N
-        )
+        sums.update(served_N if variant == "float" else predictions(predictor, files), expected_N, label_N, weight_N)
         found = sums.compute(first.artifact.proof.variants[variant].ne_bound)
         if abs(found.ne_change) > found.ne_bound or (variant == "float" and not found.bit_equal):
             wrong.append(
@@ -147,9 +146,11 @@ def _costs(models: dict[str, Predictor], files: Sequence[File], rounds: int) -> 
         encoded = {name: model_inputs([p.encode(tables[name])], batch) for name, p in models.items()}
         inputs = {name: tuple(torch.from_numpy(a) for a in arrays) for name, arrays in encoded.items()}
         with torch.no_grad():
-            program = {n: (lambda p=p, a=inputs[n]: p.program(*a)) for n, p in models.items()}  # type: ignore[misc]
-            whole = {n: (lambda p=p, t=tables[n]: p.predict(t)) for n, p in models.items()}  # type: ignore[misc]
-            for what, calls in (("program", program), ("raw rows", whole)):
+            program = {n: functools.partial(p.program, *inputs[n]) for n, p in models.items()}
+            whole = {n: functools.partial(p.predict, tables[n]) for n, p in models.items()}
+            timed: tuple[tuple[str, Mapping[str, Callable[[], object]]], ...]
+            timed = (("program", program), ("raw rows", whole))
+            for what, calls in timed:
                 seconds = _interleaved(calls, rounds)
                 for percentile in (50, 99):
                     ms = [float(np.percentile(seconds[n], percentile)) * 1e3 for n in names]
@@ -185,11 +186,11 @@ def _flops(predictor: Predictor, files: Sequence[File]) -> float:
     return counter.get_total_flops() / batch
 
 
-def _interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn."""
+def _interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turn, and in the other order every other time."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(WARM_UP + rounds):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: 1 if i % 2 else -1]:
             start = time.perf_counter()
             call()
             if i >= WARM_UP:

@@ -105,9 +105,7 @@ class Predictor:
             table = table.append_column(column, default_column(self.schema, column, table.num_rows))
         return table
 
-    def steps(
-        self, files: Sequence[File], size: int, carry: Sequence[str] = ()
-    ) -> Generator[tuple[Rows, pa.Table]]:
+    def steps(self, files: Sequence[File], size: int, carry: Sequence[str] = ()) -> Generator[tuple[Rows, pa.Table]]:
         """Encoded rows of the files in order, `size` at a time, with the columns in `carry`.
 
         The files have been checked. Raises DataError for bad values.

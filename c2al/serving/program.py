@@ -7,7 +7,7 @@ Letters: B rows, F dense features, K sparse features, D embedding dim.
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +85,14 @@ def traced(serving: Serving, dense_features: int) -> ExportedProgram:
     shapes = ({0: rows}, {0: Dim("ids", min=0)}, {0: features * rows})
     # Without this setting torch.export takes sizes 0 and 1 for constants: it traces with a size of 2 or more,
     # assumes that the size is never 0 or 1, and the program refuses an empty batch and a batch of one.
-    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
         return torch.export.export(serving.eval(), arguments, dynamic_shapes=shapes)
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
     """Writes a `traced` program. Raises OutputError when it cannot be written."""
-    with _sink(path) as sink:
-        torch.export.save(program, sink)
+    with _Sink(path) as sink:
+        torch.export.save(program, cast(IO[bytes], sink))
 
 
 def save_compiled(program: ExportedProgram, path: Path) -> None:
@@ -108,15 +108,15 @@ def save_compiled(program: ExportedProgram, path: Path) -> None:
         cpp_builder.get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError) as e:
         raise BackendError("variant 'aoti' needs a C++ compiler: install g++, or name one in CXX") from e
-    with _sink(path) as sink:
+    with _Sink(path) as sink:
         try:
-            aoti_compile_and_package(program, package_path=sink)
+            aoti_compile_and_package(program, package_path=cast(IO[bytes], sink))
         except RuntimeError as e:
             reason = str(e).strip().splitlines()[0]
             raise BackendError(f"variant 'aoti': AOTInductor cannot compile this model here: {reason}") from e
 
 
-class _sink(io.RawIOBase):
+class _Sink(io.RawIOBase):
     """A new file for torch's archive writer, which ends the process when a write raises.
 
     Keeps the first error of the file, takes and forgets what comes after it, and raises it at the end.
