@@ -70,7 +70,7 @@ def main() -> None:
             return OnePass.apply(logit_BT, *rest, lambda_T, float(len(logit_BT)))
 
         def step(_: Tensor, x_BMD: Tensor = x_BMD, plain=plain) -> Tensor:
-            return plain(heads(dhen(x_BMD).flatten(1)))
+            return plain(heads([dhen(x_BMD).flatten(1)] * (1 + len(LAMBDAS))))
 
         torch.testing.assert_close(plain(logit_BT), one_pass(logit_BT))
         seconds: dict[str, list[float]] = {"plain": [], "one_pass": [], "step": []}

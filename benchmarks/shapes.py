@@ -71,7 +71,7 @@ def tiny() -> Shape:
 SHAPES: dict[str, Callable[[], Shape]] = {
     "wukong-26x16": wukong_26x16,
     "dhen-production": dhen_production,
-    "demo": lambda: _shipped("demo"),
+    "demo": lambda: _shipped("conflict"),
     "kuairand": lambda: _shipped("kuairand"),
     "tiny": tiny,
 }

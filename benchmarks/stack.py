@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from c2al.config import Config, ModelConfig
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
+from c2al.nn.encoders import encoder_of
 from c2al.nn.objective import objective
 from c2al.nn.prediction_heads import Heads
 
@@ -22,7 +23,9 @@ class Over(nn.Module):
         dim, self.bfloat16 = model.embedding_dim, bfloat16
         self.dense_arch = DenseArch(dense, list(model.dense_hidden), model.dense_tokens, dim) if dense else None
         self.dhen = DHEN(model, sparse + (model.dense_tokens if dense else 0))
-        self.heads = Heads(self.dhen.out_fields * dim, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        self.encoder = encoder_of(model, self.dhen.out_fields * dim)
+        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        self.encoder.add_auxiliary(int(auxiliary))
 
     def forward(self, dense_BF: Tensor, pooled_BND: Tensor) -> Tensor:
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -30,7 +33,7 @@ class Over(nn.Module):
             if self.dense_arch is not None:
                 tokens = self.dense_arch(dense_BF)
                 x_BMD = torch.cat([tokens, pooled_BND.to(tokens.dtype)], dim=1)
-            logit_BT: Tensor = self.heads(self.dhen(x_BMD).flatten(1))
+            logit_BT: Tensor = self.heads(self.encoder(self.dhen(x_BMD).flatten(1)))
         return logit_BT.float()
 
 

@@ -1,6 +1,6 @@
 """What does C2AL cost a training step, and does training wait for data?
 
-    python benchmarks/step.py --config c2al/configs/demo.toml
+    python benchmarks/step.py --config c2al/configs/conflict.toml
     python benchmarks/step.py --config c2al/configs/production.toml --rows 200000
 
 Overhead: a baseline (lambda 0, heads absent) and a C2AL trainer of the same config take turns on the

@@ -58,7 +58,7 @@ def train_and_score(folder: Path) -> Path:
     """A baseline on synthetic impressions; returns the folder of its scores."""
     data = folder / "data"
     synthesise(SynthConfig(rows=20_000), data)
-    config = load_config(str(files("c2al.configs") / "demo.toml"))
+    config = load_config(str(files("c2al.configs") / "conflict.toml"))
     splits = {f"data.{split}": [str(data / split)] for split in ("train", "validation", "test")}
     config = replace(config, **splits, **{"train.max_steps": 1})
     with process_group(config.dist) as world:

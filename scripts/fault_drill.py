@@ -45,7 +45,7 @@ class Drill:
         shutil.rmtree(self.output, ignore_errors=True)
         synthesise(SynthConfig(rows=40_000), self.output / "data")
         # Read again at every restart, while the repository may move on.
-        shutil.copy(ROOT / "c2al" / "configs" / "demo.toml", self.output / "config.toml")
+        shutil.copy(ROOT / "c2al" / "configs" / "conflict.toml", self.output / "config.toml")
         startup = self.train("undisturbed", kills=0, startup=0.0)
         print(f"undisturbed: first checkpoint {startup:.1f} s after the workers' start", flush=True)
         self.train("disturbed", kills, startup)

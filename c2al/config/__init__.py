@@ -4,7 +4,7 @@ from c2al.config.data import Axis, DataConfig, DenseFeature, SparseFeature
 from c2al.config.distribution import DistConfig, Sharding, TableConfig
 from c2al.config.judge import BASELINE, Arm, DiscoverConfig, EvaluateConfig, ExperimentConfig, flat_settings
 from c2al.config.load import dump_config, load_config, parse_config, redacted_config, replace, save_config
-from c2al.config.model import FMConfig, ModelConfig
+from c2al.config.model import ExpertsConfig, FMConfig, ModelConfig
 from c2al.config.schema import Config
 from c2al.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "DistConfig",
     "EvaluateConfig",
     "ExperimentConfig",
+    "ExpertsConfig",
     "FMConfig",
     "ModelConfig",
     "OptimizerConfig",

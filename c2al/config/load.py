@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from c2al.config.presets import expand, with_presets
 from c2al.config.schema import Config
 from c2al.errors import ConfigError
 from c2al.files import write_atomically
@@ -51,8 +52,9 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: st
 def parse_sections(kind: type[T], tree: dict[str, Any], overrides: Sequence[str], source: str) -> T:
     """`parse_config` for a job that needs only some sections: `kind` is a dataclass of these."""
     problems: list[str] = []
-    for path, value in _parse_overrides(overrides, problems):
+    for path, value in with_presets(_parse_overrides(overrides, problems)):
         _apply(tree, path, value, problems)
+    expand(tree)
     sections = build(kind, tree, "", problems)
     if problems:
         raise ConfigError([f"{source}: {p}" for p in problems])
@@ -96,7 +98,7 @@ def replace(config: Config, **changes: Any) -> Config:
     """A copy with dotted fields changed, e.g. ``replace(c, **{"train.auxiliary_lambda": 0.1})``. Validated again."""
     tree = tomllib.loads(dump_config(config))
     problems: list[str] = []
-    for path, value in changes.items():
+    for path, value in with_presets(changes.items()):
         _apply(tree, path, list(value) if isinstance(value, tuple) else value, problems)
     if problems:
         raise ConfigError(problems)

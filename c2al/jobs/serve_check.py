@@ -1,10 +1,11 @@
 """`c2al serve-check`: an artifact's variants against the training model, and its cost beside a baseline's."""
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from c2al.errors import ConfigError
-from c2al.files import write_atomically
+from c2al.files import new_folder, write_atomically
 from c2al.serving.check import Floats, check, csv_of, text_of
 
 
@@ -14,17 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", type=Path, help="artifact of a baseline, timed in turn with the other")
     parser.add_argument("--run", type=Path, help="training run to compare with (default: the artifact's own proof)")
     parser.add_argument("--rounds", type=int, default=200, help="timed calls per batch size (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, help="file for the tables, besides the terminal")
+    parser.add_argument("--output", type=Path, help="folder for serve_check.csv, besides the terminal; must not exist")
 
 
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ConfigError(f"command line: serve-check takes no configuration, not {' '.join(overrides)}")
-    expected_N = None if args.run is None else _training_model(args.run, args.data)
-    tables = check(args.artifact, args.data, expected_N, args.baseline, args.rounds)
-    print(text_of(tables))
-    if args.csv is not None:
-        write_atomically(args.csv, csv_of(tables))
+    with new_folder(args.output) if args.output else contextlib.nullcontext() as folder:
+        expected_N = None if args.run is None else _training_model(args.run, args.data)
+        tables = check(args.artifact, args.data, expected_N, args.baseline, args.rounds)
+        print(text_of(tables))
+        if folder is not None:
+            write_atomically(folder / "serve_check.csv", csv_of(tables))
 
 
 def _training_model(run: Path, data: list[str]) -> Floats:

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from c2al.config import ModelConfig
-from c2al.nn.interactions import NORM_EPS, Cross, FieldLinear, FMAttention, LinearCompression, SelfAttention
+from c2al.nn.interactions import (
+    NORM_EPS,
+    AttentionalFM,
+    Cross,
+    CrossNetwork,
+    DotInteraction,
+    FieldLinear,
+    FMAttention,
+    LinearCompression,
+    SelfAttention,
+)
 
-Interaction = FMAttention | LinearCompression | Cross | SelfAttention
+Interaction = FMAttention | LinearCompression | Cross | CrossNetwork | SelfAttention | AttentionalFM | DotInteraction
 
 
 class DHENLayer(nn.Module):
@@ -18,7 +28,8 @@ class DHENLayer(nn.Module):
     concat: the outputs stand side by side as fields and a linear map over the field axis brings
     them to L. sum: they are added, each after such a map of its own if it has not L fields.
     stack: they stand side by side and are the L fields (Wukong, arXiv 2403.02545, Eq. 4, with
-    interactions = ["linear", "fm_attention"]). Norm is per token, over D.
+    interactions = ["linear", "fm_attention"]). Norm is per token, over D. Without norm and shortcut a layer is
+    its interactions alone.
     """
 
     def __init__(self, config: ModelConfig, fields: int) -> None:
@@ -39,8 +50,8 @@ class DHENLayer(nn.Module):
                 nn.Sequential(interaction, FieldLinear(interaction.out_fields, width)) if mapped else interaction
             )
         self.concat = FieldLinear(produced, width) if config.ensemble == "concat" else None
-        self.shortcut = nn.Identity() if config.shortcut == "identity" else FieldLinear(fields, self.out_fields)
-        self.norm = nn.LayerNorm(dim, NORM_EPS) if config.norm == "layer" else nn.RMSNorm(dim, NORM_EPS)
+        self.shortcut = _shortcut(config.shortcut, fields, self.out_fields)
+        self.norm = _norm(config.norm, dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BMD: Tensor) -> Tensor:
@@ -51,7 +62,9 @@ class DHENLayer(nn.Module):
             ensemble_BLD = torch.cat(outputs, dim=1)
             if self.concat is not None:
                 ensemble_BLD = self.concat(ensemble_BLD)
-        x_BLD: Tensor = self.dropout(self.norm(ensemble_BLD + self.shortcut(x_BMD)))
+        if self.shortcut is not None:
+            ensemble_BLD = ensemble_BLD + self.shortcut(x_BMD)
+        x_BLD: Tensor = self.dropout(self.norm(ensemble_BLD))
         return x_BLD
 
 
@@ -81,7 +94,28 @@ def _interaction(name: str, config: ModelConfig, fields: int, out_fields: int) -
         case "linear":
             return LinearCompression(fields, out_fields)
         case "cross":
-            return Cross(fields, dim, config.cross_rank)
+            if config.cross_layers == 1:
+                return Cross(fields, dim, config.cross_rank)
+            return CrossNetwork(fields, dim, config.cross_rank, config.cross_layers)
         case "attention":
             return SelfAttention(fields, dim, config.attention_heads)
+        case "afm":
+            return AttentionalFM(fields, dim, out_fields, config.afm_units)
+        case "dot":
+            return DotInteraction(fields, dim, out_fields)
     raise AssertionError(name)
+
+
+def _shortcut(kind: str, fields: int, out_fields: int) -> nn.Module | None:
+    if kind == "none":
+        return None
+    return nn.Identity() if kind == "identity" else FieldLinear(fields, out_fields)
+
+
+def _norm(kind: str, dim: int) -> nn.Module:
+    match kind:
+        case "layer":
+            return nn.LayerNorm(dim, NORM_EPS)
+        case "rms":
+            return nn.RMSNorm(dim, NORM_EPS)
+    return nn.Identity()

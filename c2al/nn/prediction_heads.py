@@ -13,7 +13,7 @@ from c2al.nn.dense import mlp
 
 
 class Heads(nn.Module):
-    """Logits (B, T) of encoder features (B, F): the primary prediction head, then one per auxiliary cohort.
+    """Logits (B, T) of T encoder features (B, F), one per task: the primary prediction head, then one per cohort.
 
     The auxiliary prediction heads are created last, so that a seed gives the primary one, and everything
     created before, the same initial weights with and without them. With no `auxiliary_hidden` they are
@@ -27,8 +27,9 @@ class Heads(nn.Module):
         self.primary = mlp(in_features, hidden, 1)
         self.auxiliary = nn.ModuleList(mlp(in_features, auxiliary_hidden, 1) for _ in range(cohorts))
 
-    def forward(self, h_BF: Tensor) -> Tensor:
-        return torch.cat([self.primary(h_BF), *(head(h_BF) for head in self.auxiliary)], dim=1)
+    def forward(self, h_TBF: Sequence[Tensor]) -> Tensor:
+        heads = (self.primary, *self.auxiliary)
+        return torch.cat([head(h_BF) for head, h_BF in zip(heads, h_TBF, strict=True)], dim=1)
 
     @torch.no_grad()
     def prime(self, rate_T: Sequence[float]) -> None:

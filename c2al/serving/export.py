@@ -122,7 +122,7 @@ def _load(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[s
 
 def _model(run: Run, state: dict[str, torch.Tensor], path: Path) -> C2ALModel:
     """The model without auxiliary prediction heads, whose tables share memory with `state`."""
-    model = C2ALModel(run.config, 0).eval()
+    model = C2ALModel(run.config, len(run.cohorts), serving=True).eval()
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
     try:
         model.load_state_dict(served, assign=True)

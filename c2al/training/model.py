@@ -1,4 +1,4 @@
-"""Impressions -> logits: EmbeddingBagCollection -> dense arch -> DHEN -> prediction heads.
+"""Impressions -> logits: EmbeddingBagCollection -> dense arch -> DHEN -> encoder -> prediction heads.
 
 Letters: B batch, F dense features, N fields (dense tokens, then sparse features in config order),
 D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
@@ -16,24 +16,31 @@ from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
+from c2al.nn.encoders import encoder_of
 from c2al.nn.objective import Target, lambda_scale, objective, targets
 from c2al.nn.prediction_heads import Heads
 
-AUXILIARY_PREFIX = "over.heads.auxiliary."
-"""Of the parameters of C2ALModel that exist in training only."""
+AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.")
+"""Of the parameters of C2ALModel that exist in training only: a name of theirs begins with one of these."""
 
 
 class OverArch(nn.Module):
     """Everything above the embedding tables.
 
-    Takes dense_BF, the summed embeddings and the lengths of the bags, returns logit_BT in float32.
+    Takes dense_BF, the summed embeddings and the lengths of the bags, returns logit_BT in float32. With
+    `serving` T = 1, and there is only what the primary task needs; its parameters are those of training
+    without AUXILIARY_PREFIX.
 
     It makes the means of mean-pooled features itself. torchrec's own mean of a table that is split by rows
     divides every feature of the model by (length + 1e-6), the sums among them, so that predictions would
     depend on the sharding plan.
+
+    model.wide adds w . [dense; vec(pooled)] to the primary logit (Wide & Deep, Cheng et al. 2016). A feature's
+    weight times an id's embedding is one number per id, so the wide part needs no tables of its own. The
+    auxiliary tasks have no wide part: what their losses teach, they teach the encoder.
     """
 
-    def __init__(self, config: Config, cohorts: int) -> None:
+    def __init__(self, config: Config, cohorts: int, serving: bool = False) -> None:
         super().__init__()
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
@@ -45,8 +52,13 @@ class OverArch(nn.Module):
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
-        # Last, so that whatever is above is initialised alike with and without auxiliary prediction heads.
-        self.heads = Heads(self.dhen.out_fields * self.dim, model.head_hidden, cohorts, model.auxiliary_hidden)
+        self.encoder = encoder_of(model, self.dhen.out_fields * self.dim)
+        inputs = len(data.dense) + len(self.keys) * self.dim
+        self.wide = nn.Linear(inputs, 1, bias=False) if model.wide else None
+        # What only auxiliary tasks have comes last, so that the rest is initialised alike with and without it.
+        auxiliary = 0 if serving else cohorts
+        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        self.encoder.add_auxiliary(cohorts, serving)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, lengths: Tensor | None = None) -> Tensor:
         if pooled is None:
@@ -71,18 +83,23 @@ class OverArch(nn.Module):
             if sum_BND is not None:
                 tokens.append(sum_BND.to(tokens[0].dtype if tokens else None))
             x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            logit_BT: Tensor = self.heads(self.dhen(x_BND).flatten(1))
+            logit_BT: Tensor = self.heads(self.encoder(self.dhen(x_BND).flatten(1)))
+            if self.wide is not None:
+                inputs = [dense_BF] if sum_BND is None else [dense_BF, sum_BND.flatten(1)]
+                wide_B1 = self.wide(torch.cat(inputs, dim=1))
+                logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
 
 
 class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
-    `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts.
+    `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts. `serving`
+    leaves out what the primary task does not need: T = 1.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
     """
 
-    def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta") -> None:
+    def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta", *, serving: bool = False) -> None:
         super().__init__()
         self.ebc = (
             EmbeddingBagCollection(
@@ -101,7 +118,7 @@ class C2ALModel(nn.Module):
             if config.data.sparse
             else None
         )
-        self.over = OverArch(config, cohorts)
+        self.over = OverArch(config, cohorts, serving)
 
     def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         pooled = None if self.ebc is None else self.ebc(sparse)

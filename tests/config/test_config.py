@@ -49,7 +49,7 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path):
         "data.sparse[0].colum: unknown key; did you mean 'column'?",
         "data.sparse[0].column: missing",
         "data.sparse[0].num_embeddings: expected int, got string 'many'",
-        "model.norm: 'lair' is none of 'layer', 'rms'; did you mean 'layer'?",
+        "model.norm: 'lair' is none of 'layer', 'rms', 'none'; did you mean 'layer'?",
     ):
         assert expected in text
     assert all(line.startswith(f"{tmp_path / 'bad.toml'}: ") for line in text.splitlines())

@@ -120,7 +120,7 @@ def test_string_columns_of_any_layout_and_slice(column):
     assert encode(column, feature, cut=slice(1, 4)) == expected[1:4]
 
 
-LISTS = [[1, 2, 3], None, [], [4], [None, 5, None, 6, 7], [8, 9]]
+LISTS = [[1, 2, 3], (), [], [4], [None, 5, None, 6, 7], [8, 9]]
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int64())], ids=["list", "large_list"])
@@ -149,7 +149,7 @@ def test_fixed_size_lists_and_lists_of_strings():
     identity = SparseFeature(column="l", encoding="identity", num_embeddings=10, max_length=2)
     assert encode(fixed, identity) == [[1, 2], [3, 4], []]
     assert encode(fixed, identity, cut=slice(1, 3)) == [[3, 4], []]
-    words = [["a", "b"], None, ["b", None, "ü"]]
+    words = [["a", "b"], (), ["b", None, "ü"]]
     hashed = SparseFeature(column="l", num_embeddings=97, max_length=2)
     expected = [[string_hash(w) % 97 for w in bag or [] if w] for bag in words]
     assert encode(pa.array(words), hashed) == expected
@@ -214,7 +214,7 @@ def test_dense_values_that_are_no_numbers(values, message):
     [
         (pa.array([3, 10, 2]), 1, "10"),
         (pa.array([None, 3, -1]), 2, "-1"),
-        (pa.array([[1, 2], None, [3], [4, 11, 12]]), 3, "11"),
+        (pa.array([[1, 2], (), [3], [4, 11, 12]]), 3, "11"),
         (pa.array([[None, 1], [], [None, -7]]), 2, "-7"),
     ],
     ids=["scalar", "after_null", "list", "list_after_null"],
@@ -285,7 +285,7 @@ def test_vocabulary_keeps_the_most_frequent(tmp_path):
             SparseFeature(column="l", encoding="vocabulary", num_embeddings=4, max_length=2),
         )
     )
-    table = pa.table({"label": [0] * 7, "s": [*"zzaabc", None], "l": [[9, 9, 1], None, [2, 2], [1], [3], [], [None]]})
+    table = pa.table({"label": [0] * 7, "s": [*"zzaabc", None], "l": [[9, 9, 1], (), [2, 2], [1], [3], [], [None]]})
     fitted = statistics_of(tmp_path, data, table.slice(0, 4), table.slice(4))
     assert fitted.vocabularies == {"s": ("a", "z"), "l": (1, 2, 9)}
 
@@ -368,7 +368,7 @@ def test_integers_beyond_2_53_are_exact_or_refused_by_row():
     ids = SparseFeature(column="x", encoding="vocabulary", num_embeddings=9, max_length=3)
     for column, row in (
         (pa.array([1, None, 2**63 + 5], pa.uint64()), 2),
-        (pa.array([[1, 2], None, [], [3, None, 2**63 + 5]], pa.list_(pa.uint64())), 3),
+        (pa.array([[1, 2], (), [], [3, None, 2**63 + 5]], pa.list_(pa.uint64())), 3),
     ):
         message = rf"row group 0, row {row}: column 'x' is 9223372036854775813, beyond int64; encoding 'hash' takes"
         with pytest.raises(DataError, match=message):
@@ -419,7 +419,7 @@ def test_ids_that_a_later_job_would_refuse_are_refused_when_read(column, values,
     data = DataConfig(dense=(DenseFeature(column="x", transforms=()),))
     table = pa.table({"label": [0, 1], "x": [1, 1], "row_id": [1, 2], "user_id": [1, 2]})
     table = table.set_column(table.schema.get_field_index(column), column, pa.array(values))
-    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), None, ("row_id", "user_id"))
+    encoder = Encoder(data, Statistics(moments={}, vocabularies={}), (), ("row_id", "user_id"))
     with pytest.raises(DataError, match=message):
         encoder.encode(table, "f")
 

@@ -200,7 +200,7 @@ def test_visible_is_the_privileged_world(worlds):
 
 
 def test_privileged_config_reads_it_and_the_segment_is_an_axis_only(worlds):
-    config = load_config(ROOT / "c2al" / "configs" / "privileged.toml")
+    config = load_config(ROOT / "c2al" / "configs" / "demo.toml")
     inputs = {f.column for f in config.data.dense} | {f.column for f in config.data.sparse}
     assert inputs == set(INPUTS)
     assert [a.column for a in config.axes] == ["segment"]

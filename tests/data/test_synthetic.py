@@ -141,7 +141,7 @@ def test_frequencies_follow_zipf(tmp_path):
 
 def test_demo_config_reads_it_and_no_input_is_after_the_fact(small):
     folder, _ = small
-    config = load_config(Path(__file__).parents[2] / "c2al" / "configs" / "demo.toml")
+    config = load_config(Path(__file__).parents[2] / "c2al" / "configs" / "conflict.toml")
     inputs = {f.column for f in config.data.dense} | {f.column for f in config.data.sparse}
     assert not inputs & {"true_p", "label", "row_id", "time"}
     assert {a.column for a in config.axes if a.column} <= set(pq.read_schema(folder / "train/part-00000.parquet").names)

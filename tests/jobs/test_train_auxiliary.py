@@ -45,10 +45,15 @@ def log_odds(rate: float) -> float:
     return float(np.log(rate / (1 - rate)))
 
 
-@pytest.mark.parametrize("target", ["label", "membership"])
-def test_step_0_is_the_same_with_and_without_auxiliary_heads(config, world, tmp_path, pair, target):
+ENCODERS = [("label", "shared-bottom"), ("membership", "shared-bottom"), ("label", "mmoe"), ("label", "ple")]
+
+
+@pytest.mark.parametrize(("target", "encoder"), ENCODERS)
+def test_step_0_is_the_same_with_and_without_auxiliary_heads(config, world, tmp_path, pair, target, encoder):
     """What differs between two arms is what their losses teach, not where they start."""
-    config = replace(config, **{"train.max_steps": 1, "train.log_every": 1})
+    config = replace(
+        config, **{"train.max_steps": 1, "train.log_every": 1, "model.encoder": encoder, "model.wide": True}
+    )
     c2al = replace(config, **{"train.auxiliary_lambda": 0.7, "train.auxiliary_target": target})
     trainers = [
         Trainer(start_run(tmp_path / "baseline", config, None, world), world),

@@ -39,11 +39,10 @@ def test_a_job_runs_on_as_many_workers_as_asked(job):
 @pytest.mark.parametrize("job", ALONE)
 def test_a_job_that_does_not_share_its_work_refuses_workers(job):
     text, env = command(job, [])
-    component, job = job, job.replace("_", "-")
-    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al -- {job} --output 'a b'")
+    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al -- {job.replace('_', '-')} --output 'a b'")
     assert env["PET_MAX_RESTARTS"] == "0"
-    with pytest.raises(ValueError, match=f"{job} runs as one process: -j 1x1, not 1x2"):
-        command(component, ["-j", "1x2"])
+    with pytest.raises(ValueError, match=f"{job.replace('_', '-')} runs as one process: -j 1x1, not 1x2"):
+        command(job, ["-j", "1x2"])
 
 
 def test_device_must_be_known():

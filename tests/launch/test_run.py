@@ -57,7 +57,7 @@ def test_a_component_hands_every_argument_to_its_job(job, tmp_path):
     done = torchx(
         job,
         *words,
-        "--csv" if job == "serve_check" else "--output",
+        "--output",
         str(tmp_path / "o"),
         flags=("--max_restarts", "0") if job not in ("evaluate", "export", "predict", "serve_check") else (),
     )

@@ -29,15 +29,15 @@ def test_columns_are_the_primary_task_and_then_the_cohorts():
     h_BF = torch.randn(5, 8)
     for column, (first, _, last) in enumerate((heads.primary, *heads.auxiliary)):
         expected = torch.clamp(h_BF @ first.weight.T + first.bias, min=0) @ last.weight.T + last.bias
-        torch.testing.assert_close(heads(h_BF)[:, column : column + 1], expected, rtol=1e-5, atol=1e-6)
-    assert Heads(8, ())(h_BF).shape == (5, 1)
+        torch.testing.assert_close(heads([h_BF] * 3)[:, column : column + 1], expected, rtol=1e-5, atol=1e-6)
+    assert Heads(8, ())([h_BF]).shape == (5, 1)
 
 
 def test_auxiliary_heads_are_linear_by_default():
     heads = Heads(8, (6,), 2)
     h_BF = torch.randn(5, 8)
     for column, (linear,) in enumerate(heads.auxiliary, 1):
-        torch.testing.assert_close(heads(h_BF)[:, column], h_BF @ linear.weight[0] + linear.bias)
+        torch.testing.assert_close(heads([h_BF] * 3)[:, column], h_BF @ linear.weight[0] + linear.bias)
 
 
 def test_primed_biases_are_the_log_odds_of_the_rates_and_nothing_else_moves():

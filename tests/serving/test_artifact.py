@@ -188,7 +188,7 @@ def rewritten(served: Path, output: Path, **proof: object) -> Path:
 def test_serve_check_compares_and_times(served, capsys, tmp_path):
     words = ["serve-check", "--artifact", str(served / "artifact"), "--data", str(served / "data" / "test")]
     words += ["--rounds", "2"]
-    assert main([*words, "--baseline", str(served / "artifact"), "--csv", str(tmp_path / "t.csv")]) == 0
+    assert main([*words, "--baseline", str(served / "artifact"), "--output", str(tmp_path / "t")]) == 0
     out = capsys.readouterr().out
     for line in (
         "float",
@@ -201,7 +201,7 @@ def test_serve_check_compares_and_times(served, capsys, tmp_path):
         assert line in out
     same = [line.split()[-1] for line in out.splitlines() if line.startswith(("parameters", "FLOPs"))]
     assert same == ["1.000", "1.000"]
-    assert (tmp_path / "t.csv").read_text().startswith("variant,rows,bit-equal")
+    assert (tmp_path / "t" / "serve_check.csv").read_text().startswith("variant,rows,bit-equal")
     assert main([*words, "--run", str(served / "run")]) == 0
     assert " yes " in capsys.readouterr().out
 
