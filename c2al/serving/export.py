@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from c2al import __version__
 from c2al.config import dump_config, redacted_config
 from c2al.data.parquet import BatchReader
 from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
@@ -47,7 +46,7 @@ INT8_NE_BOUND = 1e-3
 """Largest relative change of NE that eight-bit tables may make, unless the export says otherwise."""
 AOTI_NE_BOUND = 1e-5
 """The same for the compiled program, which rounds otherwise but computes with the same numbers."""
-DISTRIBUTIONS = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
+DISTRIBUTIONS = ("c2al", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 
 
 def export(
@@ -201,7 +200,7 @@ def _prove(
 
 
 def _versions() -> dict[str, str]:
-    versions = {"c2al": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
     for name in DISTRIBUTIONS:
         try:
             versions[name] = importlib.metadata.version(name)

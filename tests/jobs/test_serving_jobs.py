@@ -126,7 +126,7 @@ def test_overrides_reach_score(runs, tmp_path):
     ("words", "message"),
     [
         (["--model.layers", "3"], "model.layers: the model was trained with 2, it cannot be scored with 3"),
-        (["--data.sparse", "[]"], "data.sparse: the model was trained with"),
+        (["--data.sparse", '[{column = "user_id", num_embeddings = 7}]'], "data.sparse: the model was trained with"),
         (["--batch-size", "-5"], "--batch-size: must be at least 1, is -5"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, is 0"),
         (["--axes", '[{name = "w", column = "weight"}]'], "the column 'weight' of the impressions would hide"),

@@ -23,7 +23,7 @@ def dryrun(job: str, scheduler: str, options: dict, flags: list[str], words: tup
 
 def command(job: str, flags: list[str]) -> tuple[str, dict[str, str]]:
     request = dryrun(job, "local_cwd", {}, flags)
-    (replica,) = request.role_params[job]
+    (replica,) = request.role_params[job.replace("_", "-")]
     return replica.args[-1], replica.env
 
 
