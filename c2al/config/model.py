@@ -18,11 +18,18 @@ class FMConfig:
     """Columns of Y."""
     hidden: int = 64
     """Hidden units of the MLP that turns G into fields and, with y = 'mlp', of the attention MLP."""
+    y_l1: float = 0.0
+    """Adds y_l1 * mean over samples of the sum of |Y|, per layer, to what training minimises; not logged."""
+    y_l2: float = 0.0
+    """As y_l1, of the sum of Y^2."""
 
     def problems(self) -> Problems:
         for field in ("k", "hidden"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
+        for field in ("y_l1", "y_l2"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

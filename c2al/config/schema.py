@@ -46,6 +46,12 @@ class Config:
                 "train.batch_size",
                 f"must be a multiple of data.shards = {self.data.shards}, is {self.train.batch_size}",
             )
+        if self.train.combine != "sum" and self.model.encoder != "shared-bottom":
+            yield (
+                "train.combine",
+                f"'{self.train.combine}' needs features that all tasks share, model.encoder = 'shared-bottom'; "
+                f"is '{self.model.encoder}'",
+            )
         names = [a.name for a in self.axes]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield "axes", f"axis '{name}' is declared twice"

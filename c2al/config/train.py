@@ -96,6 +96,27 @@ class TrainConfig:
     them. decay: falls from 1 to 0 over the last lambda_share. early: 1 over the first lambda_share, then 0."""
     lambda_share: float = 0.2
     """Share of the steps, in (0, 1]; without effect on a constant schedule."""
+    combine: Literal[
+        "sum",
+        "pcgrad-feat",
+        "cagrad-feat",
+        "mgda-ub",
+        "upgrad-feat",
+        "imtl-g-feat",
+        "aligned-mtl-feat",
+        "gradvac-feat",
+        "cosine-gate-feat",
+        "selective-groups",
+    ] = "sum"
+    """How the tasks' gradients at the encoder's output become one (docs/methods.md). Only sum, cagrad-feat,
+    gradvac-feat and cosine-gate-feat do without the extra `methods`. selective-groups is refused, with the reason."""
+    cohort_weight: float = 1.0
+    """Factor on the primary loss of the rows of the chosen cohorts. Needs cohorts, no auxiliary loss."""
+    group_dro: float = 0.0
+    """Step size of GroupDRO's weights over the chosen cohorts and the rest in the primary loss; 0: off. Needs cohorts,
+    no auxiliary loss."""
+    uncertainty_weighting: bool = False
+    """Learned weights exp(-s) of the tasks' losses, which start at 1 and at lambda, instead of lambda."""
     prime_biases: bool = True
     """Every prediction head's last bias starts at the log-odds of its task's base rate in training. From 0, the
     first gradients of every embedding row carry the base rate and fill Adagrad's sums with it."""
@@ -119,6 +140,11 @@ class TrainConfig:
         """Whether the model carries auxiliary prediction heads."""
         return self.auxiliary_lambda > 0 or any(value > 0 for value in self.lambdas.values())
 
+    @property
+    def needs_cohorts(self) -> bool:
+        """Whether training must know who is in which cohort."""
+        return self.auxiliary or self.cohort_weight != 1 or self.group_dro > 0
+
     def lambda_of(self, cohort: str) -> float:
         """lambda of the chosen cohort of that name, before the schedule."""
         return self.lambdas.get(cohort, self.auxiliary_lambda)
@@ -141,3 +167,21 @@ class TrainConfig:
                 yield f"lambdas.{name}", f"must not be negative, is {value}"
         if not 0 < self.lambda_share <= 1:
             yield "lambda_share", f"must lie in (0, 1], is {self.lambda_share}"
+        yield from self._method_problems()
+
+    def _method_problems(self) -> Problems:
+        if self.combine == "selective-groups":
+            yield (
+                "combine",
+                "selective task-group updates (Jeong and Yoon, ICLR 2025) move the shared weights once per task group "
+                "within a batch, and take each group's gradient where the group before left them: several backward "
+                "passes per batch. The tables are updated inside backward, so they would move once per group; "
+                "with one backward it would be another method",
+            )
+        for field in ("cohort_weight", "group_dro"):
+            if getattr(self, field) < 0:
+                yield field, f"must not be negative, is {getattr(self, field)}"
+        if self.cohort_weight != 1 and self.group_dro > 0:
+            yield "group_dro", f"sets the rows' weights itself, so cohort_weight must be 1, is {self.cohort_weight}"
+        if self.uncertainty_weighting and self.lambda_schedule != "constant":
+            yield "lambda_schedule", f"must be 'constant' where weights are learned, is '{self.lambda_schedule}'"

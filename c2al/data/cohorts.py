@@ -371,7 +371,7 @@ def drawn_share(values: pa.Array | pa.ChunkedArray, draw: int) -> npt.NDArray[np
     array = flat(plain(values))
     valid_R = array.is_valid().to_numpy(zero_copy_only=False)
     share_R = np.full(len(array), np.nan, np.float32)
-    salt = splitmix64(np.uint64(draw))
+    salt = splitmix64(np.array([draw], np.uint64))  # an array, since numpy warns of a scalar that overflows
     share_R[valid_R] = (mix64(hash64(array.drop_null()) ^ salt) >> np.uint64(48)) / np.float32(DRAW_BUCKETS)
     return share_R
 

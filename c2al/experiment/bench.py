@@ -37,6 +37,10 @@ class Bench:
     def __init__(self, config: Config, output: Path, world: World, share: Share):
         self.config, self.output, self.world, self.share = config, output, world, share
         self.seeds = config.experiment.seeds
+        self.worked = False
+        """Whether this process has done anything since somebody last set this to False."""
+        self._fitted = baseline_trials(config)[0].folder(output, self.seeds[0]) / "run"
+        """The training whose statistics the others take over, if they fit."""
 
     def baseline(self) -> tuple[list[Trial], int]:
         """(trials, the selected one). Everything else starts from it, so all of it is waited for."""
@@ -61,7 +65,7 @@ class Bench:
         def work() -> None:
             begun = time.monotonic()
             cohorts = self._cohorts_file(trial) if trial.cohorts else None
-            ne = train(replace(trial.config, seed=seed), folder / "run", self.world, cohorts)
+            ne = train(replace(trial.config, seed=seed), folder / "run", self.world, cohorts, self._fitted)
             seconds = time.monotonic() - begun
             self.world.once(lambda: write_result(folder, Result(ne, 0, seconds)))
 
@@ -110,6 +114,7 @@ class Bench:
             with self._claim(folder) as mine:
                 if mine and self.world.once(done) is None:
                     work()
+                    self.worked = True
             if not mine and not wait:
                 return None
             if not mine:

@@ -6,21 +6,29 @@ that is found again, so the same command goes on where an earlier one stopped, a
 hosts may work on one folder: each takes what no other one is doing.
 """
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 from c2al.config import BASELINE, Config
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.distributed.process import World
-from c2al.errors import ConfigError
+from c2al.errors import CohortError, ConfigError
 from c2al.evaluation.evaluate import evaluate
+from c2al.evaluation.result import COHORT, OVERALL, Evaluation
 from c2al.evaluation.result import Arm as EvaluatedArm
-from c2al.evaluation.result import Evaluation
-from c2al.experiment.arms import arm_record, baseline_record, plan_arm, run_discovery, train_arm
+from c2al.experiment.arms import Discovery, Plan, arm_record, baseline_record, plan_arm, run_discovery, train_arm
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.folder import SPLITS, claim, start
-from c2al.experiment.plan import arm_trials, arms_of
-from c2al.report.record import Record
+from c2al.experiment.plan import Trial, arm_trials, arms_of
+from c2al.nn.methods import check_method
+from c2al.report.html import write_report
+from c2al.report.record import Record, read_record
+from c2al.report.verdict import sentences
+from c2al.serving.export import export
+from c2al.state import read_json
+from c2al.text import terminal
 
 EVERYTHING = Share()
 
@@ -32,8 +40,9 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     report is written by whichever ends last.
 
     Raises ConfigError for a configuration that is no experiment or not the folder's, DataError when a
-    split lacks what a stage needs (before the first step), and what the stages raise. That no pair of
-    cohorts differs beyond noise is a finding of the arms concerned, not an error.
+    split lacks what a stage needs (before the first step), CohortError when no pair of cohorts has the
+    minimum size, and what the stages raise. That no pair of cohorts differs beyond noise is a finding of
+    the arms concerned, not an error.
     """
     check(config, share)
     world.together(lambda: check_data(config))
@@ -43,21 +52,63 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     base = trials[selected]
     discovery = run_discovery(bench, base)
     plans = [plan_arm(bench, arm, base.config, discovery) for arm in arms_of(config)]
-    for plan in plans:
-        train_arm(bench, plan)
-
-    baseline = baseline_record(bench, trials)
-    records = [arm_record(bench, plan) for plan in plans]
-    if baseline is None or any(r is None for r in records):
+    world.together(lambda: _refuse_impossible_minimum(plans, discovery))
+    record = _records(bench, trials, plans, discovery)
+    if record is None:
         return None
-    record = Record(
-        seeds=config.experiment.seeds,
-        discovery="" if discovery.folder is None else discovery.folder.name,
-        finding=discovery.finding,
-        baseline=baseline,
-        arms=tuple(r for r in records if r is not None),
-    )
-    return world.once(lambda: _judge(record, config, output))
+    report = world.once(lambda: _judge(record, config, output))
+    if record.serving and report is not None:
+        _export(bench, record.serving)
+    return report
+
+
+def _refuse_impossible_minimum(plans: list[Plan], discovery: Discovery) -> None:
+    """Raises CohortError when no arm can train because no pair of cohorts has the minimum size that was asked for.
+
+    That is a setting to mend (discover.min_rows and its like), not a finding about the data: no pair was
+    even compared. The trained baselines stay and the mended command goes on from them.
+    """
+    if not plans or not all(p.finding for p in plans) or discovery.folder is None:
+        return
+    if read_json(discovery.folder / "cohorts.json", CohortError)["rule"]["tested_pairs"] == 0:
+        raise CohortError(plans[0].finding)
+
+
+def _export(bench: Bench, training: str) -> None:
+    """Makes serving/ from a training's folder, once."""
+    serving = bench.output / "serving"
+
+    def work() -> None:
+        export(bench.output / training / "run", bench.config.data.test, serving, bench.world)
+
+    bench.do(bench.output / ".claims" / "serving", lambda: serving if serving.exists() else None, work, wait=True)
+
+
+def _records(bench: Bench, trials: list[Trial], plans: list[Plan], discovery: Discovery) -> Record | None:
+    """What all arms came to; None while other processes are at work on some.
+
+    After any work of its own, this process looks again at what others were doing meanwhile. So of two that
+    end together, at least one sees that everything is done.
+    """
+    while True:
+        bench.worked = False
+        for plan in plans:
+            train_arm(bench, plan)
+        baseline = baseline_record(bench, trials)
+        arms = [arm_record(bench, plan) for plan in plans]
+        done = tuple(a for a in arms if a is not None)
+        if baseline is not None and len(done) == len(arms):
+            record = Record(
+                seeds=bench.seeds,
+                discovery="" if discovery.folder is None else discovery.folder.name,
+                finding=discovery.finding,
+                baseline=baseline,
+                arms=done,
+            )
+            # One process alone can export.
+            return dataclasses.replace(record, serving=serving_training(record) if bench.world.size == 1 else "")
+        if not bench.world.once(lambda: bench.worked):
+            return None
 
 
 def _judge(record: Record, config: Config, output: Path) -> Path | None:
@@ -65,10 +116,26 @@ def _judge(record: Record, config: Config, output: Path) -> Path | None:
     with claim(output / ".claims" / "report") as mine:
         if not mine:
             return None
+        _drop_other_serving(record, output)
         record.write(output)
         evaluation = evaluate_record(record, config, output)
-        print(evaluation.table())
-        return output / "report.html"
+        main = tuple(s for s in evaluation.segments if s.axis in (OVERALL, COHORT))
+        print(dataclasses.replace(evaluation, segments=main).table())
+        print("\n" + "\n".join(map(terminal, sentences(record, evaluation))))
+        return write_report(output)
+
+
+def serving_training(record: Record) -> str:
+    """Folder of the training that is exported: the first seed's of the first arm with chosen cohorts."""
+    chosen = next((a for a in record.done if a.source == "chosen"), None)
+    return chosen.folders(record.seeds)[0] if chosen else ""
+
+
+def _drop_other_serving(record: Record, output: Path) -> None:
+    """Removes serving/ when the model in it is not that of `record`."""
+    known = output / "experiment.json"
+    if known.exists() and read_record(output).serving != record.serving:
+        shutil.rmtree(output / "serving", ignore_errors=True)
 
 
 def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
@@ -97,13 +164,16 @@ def check(config: Config, share: Share) -> None:
     problems = share_problems(share, config)
     if config.train.auxiliary:
         problems.append("train: auxiliary losses are what the arms add; the experiment's own lambdas must be 0")
+    elif config.train.needs_cohorts:
+        problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
     needs_axes = [a.name for a in arms_of(config) if a.cohorts not in ("none", "file")]
     if needs_axes and not config.axes:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
     for arm in arms_of(config):
         try:
-            arm_trials(arm, config, ())
+            for trial in arm_trials(arm, config, ()):
+                check_method(trial.config.train.combine)
         except ConfigError as e:
             problems += [f"arm '{arm.name}': {p}" for p in e.problems]
     if problems:

@@ -1,7 +1,8 @@
 """`c2al demo`: two experiments on synthetic impressions whose truth is known, a few minutes on a laptop.
 
 In the world `privileged`, a segment that training knows and serving does not decides who clicks on what;
-C2AL has something to gain there. In the world `homogeneous` there is nothing to gain.
+C2AL has something to gain there. In the world `homogeneous` there is nothing to gain: no pair of cohorts
+differs beyond noise, and a pair drawn at random shows what C2AL does without a reason.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def _of_run(args: argparse.Namespace, overrides: list[str]) -> tuple[Config, int
     if overrides or args.cohorts is not None:
         raise ConfigError("command line: --run is described as it is; overrides and --cohorts go with --config")
     run = open_run(args.run)
-    return run.config, len(run.cohorts)
+    return run.config, len(run.auxiliary)
 
 
 def _of_config(args: argparse.Namespace, overrides: list[str]) -> tuple[Config, int]:

@@ -6,6 +6,7 @@ Every module takes x_BMD and has `out_fields`, the L of the (B, L, D) it returns
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from c2al.config import FMConfig
@@ -60,6 +61,23 @@ class MLPY(YSource):
         return y_BF.view(x_BMD.shape[0], *self.shape_PK)
 
 
+class _Penalty(torch.autograd.Function):
+    """Y as it is; backward adds the gradient of (l1 sum |Y| + l2 sum Y^2) / samples, which needs no way to the loss."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, l1: float, l2: float) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(y)
+        ctx.l1, ctx.l2 = l1, l2
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (y,) = ctx.saved_tensors
+        samples = y.shape[0] if y.dim() == 3 else 1
+        return gradient + (ctx.l1 * y.sign() + 2 * ctx.l2 * y) / max(samples, 1), None, None
+
+
 class FMAttention(nn.Module):
     """FM attention (C2AL, Eq. 3): G = X X^T Y, LayerNorm of its rows, then an MLP to L tokens.
 
@@ -70,6 +88,7 @@ class FMAttention(nn.Module):
         super().__init__()
         self.out_fields = out_fields
         self.layout = config.layout
+        self.y_l1, self.y_l2 = config.y_l1, config.y_l2
         p = dim if config.layout == "paper" else fields
         self.y: YSource = MLPY(fields, dim, config.hidden, p, config.k) if config.y == "mlp" else StaticY(p, config.k)
         self.mlp = nn.Sequential(
@@ -77,7 +96,10 @@ class FMAttention(nn.Module):
         )
 
     def forward(self, x_BMD: Tensor) -> Tensor:
-        g_BPK = fm_attention(x_BMD, self.y(x_BMD), layout=self.layout, norm_eps=NORM_EPS)
+        y = self.y(x_BMD)
+        if self.training and (self.y_l1 or self.y_l2):
+            y = _Penalty.apply(y, self.y_l1, self.y_l2)  # type: ignore[no-untyped-call]
+        g_BPK = fm_attention(x_BMD, y, layout=self.layout, norm_eps=NORM_EPS)
         tokens_BF: Tensor = self.mlp(g_BPK.flatten(1))
         return tokens_BF.view(x_BMD.shape[0], self.out_fields, x_BMD.shape[2])
 

@@ -35,7 +35,16 @@ def targets(label_B: Tensor, member_BC: Tensor, target: Target = "label") -> Ten
     return torch.cat([label_B[:, None], auxiliary_BC], dim=1)
 
 
-def objective(logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C: Sequence[float], rows: float) -> Loss:
+def objective(
+    logit_BT: Tensor,
+    target_BT: Tensor,
+    weight_B: Tensor,
+    *,
+    lambda_C: Sequence[float],
+    rows: float,
+    factor_B: Tensor | None = None,
+    log_variance_T: Tensor | None = None,
+) -> Loss:
     """L = BCE(primary, y) + sum over cohorts c of lambda_c BCE(auxiliary c, y 1[x in c]).
 
     Every task sees every row. Each BCE is sum(weight * bce) / rows, not the mean of the batch. With
@@ -48,6 +57,9 @@ def objective(logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C
         weight_B: sample weight, float32; 0 on padding rows.
         lambda_C: one per auxiliary cohort.
         rows: divisor of the sums.
+        factor_B: what each row's primary loss is multiplied with in `total`; task_T stays as it is.
+        log_variance_T: instead of lambda_C, total = sum over t of exp(-s_t) BCE_t + s_t / 2, s learned (Kendall
+            et al., CVPR 2018, arXiv 1705.07115, for classification).
 
     Raises:
         OperandError: the batch sizes, the tasks or the number of lambdas differ.
@@ -60,7 +72,11 @@ def objective(logit_BT: Tensor, target_BT: Tensor, weight_B: Tensor, *, lambda_C
     task_T = bce_BT.sum(0) / rows
     # Scalars of the host enter kernels as arguments. A tensor made of them here would be copied to the
     # device at every step, and the copy would wait for the device.
-    total = task_T[0]
+    total = task_T[0] if factor_B is None else (factor_B * bce_BT[:, 0]).sum() / rows
+    if log_variance_T is not None:
+        loss_T = torch.cat([total[None], task_T[1:]])
+        total = (torch.exp(-log_variance_T) * loss_T + log_variance_T / 2).sum()
+        return Loss(total=total, task_T=task_T.detach())
     for i, weight in enumerate(lambda_C, 1):
         total = total + weight * task_T[i]
     return Loss(total=total, task_T=task_T.detach())

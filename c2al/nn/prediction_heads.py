@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from c2al.nn.combine import Combine
 from c2al.nn.dense import mlp
 
 
@@ -18,17 +19,27 @@ class Heads(nn.Module):
     The auxiliary prediction heads are created last, so that a seed gives the primary one, and everything
     created before, the same initial weights with and without them. With no `auxiliary_hidden` they are
     linear: what their losses teach must then be taught to the encoder, which serving keeps.
+
+    `combine` stands in training between an encoder whose features all tasks share and the prediction heads.
     """
 
     def __init__(
-        self, in_features: int, hidden: Sequence[int], cohorts: int = 0, auxiliary_hidden: Sequence[int] = ()
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        cohorts: int = 0,
+        auxiliary_hidden: Sequence[int] = (),
+        combine: Combine | None = None,
     ) -> None:
         super().__init__()
         self.primary = mlp(in_features, hidden, 1)
         self.auxiliary = nn.ModuleList(mlp(in_features, auxiliary_hidden, 1) for _ in range(cohorts))
+        self.combine = combine
 
     def forward(self, h_TBF: Sequence[Tensor]) -> Tensor:
         heads = (self.primary, *self.auxiliary)
+        if self.combine is not None:
+            h_TBF = self.combine(h_TBF[0])
         return torch.cat([head(h_BF) for head, h_BF in zip(heads, h_TBF, strict=True)], dim=1)
 
     @torch.no_grad()

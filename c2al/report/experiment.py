@@ -3,11 +3,11 @@
 ::
 
     config.toml  command.txt  versions.json
-    cohorts/cohorts.json               see c2al.data.cohorts and c2al.discovery
-    evaluation/evaluation.json         see c2al.evaluation.result
-    seed_<s>/baseline/run/metrics.jsonl    a record a line: {"step": ..., "kind": "train" | "validation" | "y", ...}
-    seed_<s>/baseline/scores_test/         see c2al.jobs.score; the first seed's are read
-    seed_<s>/c2al/...                      the same
+    experiment.json                          see c2al.report.record
+    cohorts-<digest>/cohorts.json            see c2al.data.cohorts and c2al.discovery
+    evaluation/evaluation.json               see c2al.evaluation.result
+    trainings/<trial>/seed_<s>/run/metrics.jsonl    of the baseline and of the main arm
+    trainings/<trial>/seed_<s>/scores_test-*/       the first seed's of both, for the densities
 """
 
 import dataclasses
@@ -25,13 +25,14 @@ from c2al.evaluation import bootstrap
 from c2al.evaluation.result import Evaluation, read_evaluation
 from c2al.evaluation.scores import blocks, open_scores
 from c2al.evaluation.segments import Segments
+from c2al.report.record import ArmRecord, Record, read_record
 
 Float = NDArray[np.float64]
 Line = tuple[Float, Float]
 """(steps, values)."""
+Entry = dict[str, Any]
+"""One record of metrics.jsonl."""
 
-ARMS = {"baseline": "baseline", "C2AL": "c2al"}
-"""Name in the report -> folder."""
 _COARSE = 16
 """Fine logit bins of c2al.bins in one bin of a density."""
 
@@ -44,11 +45,21 @@ class Experiment:
     config: Config
     command: str
     versions: dict[str, str]
-    cohorts: dict[str, Any]
-    """cohorts.json as it stands."""
+    record: Record
+    cohorts: dict[str, Any] | None
+    """cohorts.json as it stands; None when discovery came to nothing or no arm needed it."""
     evaluation: Evaluation
-    records: dict[str, tuple[tuple[dict[str, Any], ...], ...]]
-    """Name of the arm -> seed -> records of metrics.jsonl."""
+    records: dict[str, tuple[tuple[Entry, ...], ...]]
+    """Baseline and main arm -> seed -> records of metrics.jsonl."""
+
+    @property
+    def main(self) -> ArmRecord | None:
+        return self.record.main
+
+    @property
+    def drawn(self) -> tuple[ArmRecord, ...]:
+        """The arms whose models are looked at closely: the baseline and the main arm."""
+        return (self.record.baseline, *([self.main] if self.main else []))
 
     def lines(self, arm: str, kind: str, *keys: str) -> list[Line]:
         """One line a seed of the number under `keys` in the records of a kind; undefined ones are left out."""
@@ -60,52 +71,62 @@ class Experiment:
                 found.append((defined[:, 0], defined[:, 1]))
         return found
 
-    def y(self, arm: str) -> dict[str, dict[str, Any]]:
-        """Layer -> last summary of Y in the first seed's run; empty without FM attention."""
-        last = [r for r in self.records[arm][0] if r["kind"] == "y"][-1:]
+    def last(self, arm: str, kind: str) -> Entry:
+        """The last record of a kind in the first seed's run, without its step; empty where there is none."""
+        last = [r for r in self.records[arm][0] if r["kind"] == kind][-1:]
         return {k: v for r in last for k, v in r.items() if k not in ("step", "kind")}
 
+    @property
+    def pair(self) -> tuple[str, ...]:
+        """Labels of the chosen cohorts that discovery found."""
+        if self.cohorts is None:
+            return ()
+        return tuple(s.name for s in self.evaluation.segments if s.axis == "cohort")
+
     def densities(self) -> tuple[Float, dict[str, dict[str, Float]]]:
-        """(bin edges in logit, arm -> "head" and "tail" -> density) of the first seed's test predictions."""
-        config, seed = self.config, self.config.experiment.seeds[0]
-        folders = [self.path / f"seed_{seed}" / folder / "scores_test" for folder in ARMS.values()]
-        runs = [open_scores(str(folder), config.data) for folder in folders]
-        segments = Segments(self.path / "cohorts" / "cohorts.json", (), runs[0])
-        rows_G2 = np.zeros((3, 2), dtype=np.int64)
-        histogram_GJ2K = np.zeros((3, len(runs), 2, BINS))
+        """(bin edges in logit, arm -> chosen cohort -> density) of the first seed's test predictions."""
+        labels = self.pair
+        runs = [open_scores(str(self.path / arm.scores[0]), self.config.data) for arm in self.drawn]
+        segments = Segments(self.path / self.record.discovery / "cohorts.json", (), runs[0])
+        groups = len(labels) + 1
+        rows_G2 = np.zeros((groups, 2), dtype=np.int64)
+        histogram_GJ2K = np.zeros((groups, len(runs), 2, BINS))
         for block in blocks(runs, segments.columns, segments.of):
-            # Columns 1 and 2 are head and tail, segments 1 and 2.
-            pair_N2 = np.ascontiguousarray(block.segment_NA[:, 1:3])
-            bootstrap.count(pair_N2, block.label_N, block.weight_N, block.bin_NJ, rows_G2, histogram_GJ2K)
-        mass_GJK = histogram_GJ2K.sum(axis=2).reshape(3, len(runs), -1, _COARSE).sum(axis=-1)[1:]
+            # Column 0 is the whole test set; the chosen cohorts follow, segments 1, 2, ...
+            chosen_NC = np.ascontiguousarray(block.segment_NA[:, 1:groups])
+            bootstrap.count(chosen_NC, block.label_N, block.weight_N, block.bin_NJ, rows_G2, histogram_GJ2K)
+        mass_GJK = histogram_GJ2K.sum(axis=2).reshape(groups, len(runs), -1, _COARSE).sum(axis=-1)[1:]
         edges = np.linspace(-LIMIT, LIMIT, mass_GJK.shape[-1] + 1)
         share_GJK = mass_GJK / np.maximum(mass_GJK.sum(axis=-1, keepdims=True), 1e-300)
         drawn = np.flatnonzero((share_GJK > 1e-4).any(axis=(0, 1)))
         low, high = (drawn[0], drawn[-1] + 1) if len(drawn) else (0, len(edges) - 1)
         density_GJK = share_GJK[..., low:high] / np.diff(edges[low : high + 1])
         return edges[low : high + 1], {
-            arm: {"head": density_GJK[0, j], "tail": density_GJK[1, j]} for j, arm in enumerate(ARMS)
+            arm.name: {label: density_GJK[i, j] for i, label in enumerate(labels)} for j, arm in enumerate(self.drawn)
         }
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Reads a finished experiment's folder. Raises DataError naming a file that is missing or not readable."""
-    config = load_config(path / "config.toml")
+    """Reads a finished experiment's folder. Raises a C2ALError naming a file that is missing or not readable."""
+    record = read_record(path)
+    cohorts = path / record.discovery / "cohorts.json"
+    drawn = [record.baseline, *([record.main] if record.main else [])]
     return Experiment(
         path=path,
-        config=config,
+        config=load_config(path / "config.toml"),
         command=_text(path / "command.txt").strip(),
         versions=_json(path / "versions.json", _text(path / "versions.json")),
-        cohorts=_json(path / "cohorts" / "cohorts.json", _text(path / "cohorts" / "cohorts.json")),
+        record=record,
+        cohorts=_json(cohorts, _text(cohorts)) if record.discovery else None,
         evaluation=read_evaluation(path / "evaluation" / "evaluation.json"),
         records={
-            arm: tuple(_records(path / f"seed_{s}" / folder / "run" / "metrics.jsonl") for s in config.experiment.seeds)
-            for arm, folder in ARMS.items()
+            arm.name: tuple(_records(path / folder / "run" / "metrics.jsonl") for folder in arm.folders(record.seeds))
+            for arm in drawn
         },
     )
 
 
-def _records(path: Path) -> tuple[dict[str, Any], ...]:
+def _records(path: Path) -> tuple[Entry, ...]:
     return tuple(_json(path, line) for line in _text(path).splitlines())
 
 
@@ -123,7 +144,7 @@ def _json(path: Path, text: str) -> Any:
         raise DataError(f"{path}: not JSON: {e}") from e
 
 
-def _get(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+def _get(record: Entry, keys: tuple[str, ...]) -> Any:
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

@@ -7,19 +7,22 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from c2al.evaluation.result import Segment
+from c2al.config import BASELINE
+from c2al.evaluation.result import Difference, Reliability
+from c2al.report.names import figure_text
+from c2al.report.page import escaped
 from c2al.training.diagnostics import Y_EDGES
 
 Float = NDArray[np.float64]
 
 # Mid contrast on white and on near-black: at least 3:1 on both.
-COLOURS = {"baseline": "#7d8a9c", "C2AL": "#d9722b", "head": "#2f86c9", "tail": "#cf5872"}
-_BETTER, _WORSE = "#2c9c6a", "#cf5872"
+_CYCLE = ("#2f86c9", "#cf5872", "#2c9c6a", "#9a6fd0", "#b8860b", "#4aa3a3")
+_VERDICTS = {"lower": "#2c9c6a", "higher": "#cf5872"}
 
 _INK = "#123456"
 """Stands for the page's text colour while matplotlib draws."""
@@ -76,80 +79,164 @@ def _svg(figure: Any, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Names of groups are counted anew in each figure and would repeat in one page.
-    text = re.sub(r' id="[a-z]+[\w.]*_\d+"', "", text)
+    text = re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     text = re.sub(r"font: (bold|700) ([\d.]+)px [^;\"]*", r"font: 600 \2px system-ui, sans-serif", text)
     text = text.replace(_INK, "currentColor")
-    title = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1).strip()
+    return text.replace("<svg", f'<svg role="img" aria-label="{escaped(label)}"', 1).strip()
 
 
-def segment_bars(axis: str, segments: Sequence[Segment], overall: float | None) -> str:
-    """NE_diff of each segment with its interval (Fig. 6); `overall` is drawn as a line for comparison."""
-    with _figure(1, 1, 0.85 + 0.27 * len(segments)) as (figure, grid):
+def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall: float | None) -> str:
+    """NE_diff of each segment with its corrected interval (Fig. 6), bars (name, rows, difference).
+
+    Coloured only if it passes the correction; `overall` is drawn as a line for comparison.
+    """
+    with _figure(1, 1, 0.85 + 0.27 * len(bars)) as (figure, grid):
         ax = grid[0, 0]
-        for i, segment in enumerate(segments):
-            estimate = segment.differences[0].estimates["ne"]
+        for i, (_, _, difference) in enumerate(bars):
+            estimate, judgement = difference.estimates["ne"], difference.judgement
             if estimate.value is None:
                 ax.text(0, i, f" undefined: {estimate.reason}", va="center", fontsize=8, alpha=0.7)
-                continue
-            percent = 100 * estimate.value
-            colour = _BETTER if percent < 0 else _WORSE
-            if estimate.interval is None:
-                ax.barh(i, percent, height=0.62, facecolor="none", edgecolor=colour, lw=0.8, ls=":")
-                continue
-            low, high = (100 * bound for bound in estimate.interval)
-            ax.barh(i, percent, height=0.62, color=colour, alpha=0.35 if low <= 0 <= high else 0.9, lw=0)
-            ax.plot([low, high], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
+            elif judgement is None:
+                ax.barh(i, 100 * estimate.value, height=0.62, facecolor="none", edgecolor=_INK, lw=0.8, ls=":")
+            else:
+                low, high = (100 * bound for bound in judgement.corrected_interval)
+                colour, alpha = (_VERDICTS[judgement.verdict], 0.9) if judgement.passes else (_INK, 0.2)
+                ax.barh(i, 100 * estimate.value, height=0.62, color=colour, alpha=alpha, lw=0)
+                ax.plot([low, high], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
         if overall is not None:
             ax.axvline(100 * overall, color=_INK, lw=0.9, ls=(0, (4, 3)), alpha=0.6)
-        ax.axvline(0, color=_INK, lw=0.8)
-        ax.set_yticks(range(len(segments)), [f"{_shorten(s.name)}  ({s.rows:,})" for s in segments])
-        ax.set_ylim(len(segments) - 0.5, -0.5)
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="y", visible=False)
-        ax.set_xlabel("NE_diff, % (negative: C2AL is better)")
-        ax.set_title(axis)
+        _rows(ax, [f"{figure_text(name)}  ({rows:,})" for name, rows, _ in bars])
+        ax.set_title(figure_text(axis))
         return _svg(figure, f"NE_diff by segment of {axis}")
 
 
+def forest(differences: Sequence[Difference]) -> str:
+    """NE_diff of each arm with its corrected interval; coloured only if it passes the correction."""
+    with _figure(1, 1, 0.75 + 0.27 * len(differences)) as (figure, grid):
+        ax = grid[0, 0]
+        for i, difference in enumerate(differences):
+            estimate, judgement = difference.estimates["ne"], difference.judgement
+            if estimate.value is None:
+                ax.text(0, i, f" undefined: {estimate.reason}", va="center", fontsize=8, alpha=0.7)
+                continue
+            colour = _VERDICTS[judgement.verdict] if judgement and judgement.passes else _INK
+            if judgement:
+                ax.plot([100 * b for b in judgement.corrected_interval], [i, i], color=colour, lw=1.4)
+            ax.plot(100 * estimate.value, i, marker="o", ms=5, color=colour)
+        _rows(ax, [figure_text(d.arm) for d in differences])
+        return _svg(figure, "NE_diff by arm")
+
+
+def _rows(ax: Any, names: Sequence[str]) -> None:
+    """Names the rows of a figure of NE_diff, the first on top."""
+    ax.axvline(0, color=_INK, lw=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("NE_diff, % (negative: the arm is better)")
+
+
+class Point(NamedTuple):
+    """One setting of a grid."""
+
+    x: float
+    ne: float
+    std: float
+    kept: bool
+
+
+Grid = dict[tuple[str, str], list[Point]]
+"""(setting on the x axis, the other settings) -> its points."""
+
+
+def grids(panels: dict[str, Grid], baseline: float | None) -> str:
+    """Mean validation NE over a setting, a panel per arm, at most three beside each other."""
+    columns = min(len(panels), 3)
+    with _figure(-(-len(panels) // columns), columns, 2.6 * -(-len(panels) // columns)) as (figure, axes):
+        for ax, (arm, grid) in zip(axes.flat, panels.items(), strict=False):
+            for i, ((key, others), points) in enumerate(grid.items()):
+                colour = _CYCLE[i % len(_CYCLE)]
+                x, y, std = ([p[j] for p in sorted(points)] for j in range(3))
+                ax.errorbar(
+                    x, y, yerr=std, color=colour, marker="o", ms=3.5, lw=1.4, capsize=2, label=figure_text(others)
+                )
+                for p in points:
+                    if p.kept:
+                        ax.plot(p.x, p.ne, marker="o", ms=10, mfc="none", color=colour)
+                ax.set_xlabel(figure_text(key))
+                if min(x) > 0 and max(x) > 5 * min(x):
+                    ax.set_xscale("log")
+                    ax.set_xticks(sorted(set(x)), [f"{v:g}" for v in sorted(set(x))], minor=False)
+                    ax.minorticks_off()
+            if baseline is not None:
+                ax.axhline(baseline, color=_INK, lw=0.9, ls=(0, (4, 3)), alpha=0.6)
+            ax.set_title(figure_text(arm))
+            if 1 < len(grid) <= 6:
+                ax.legend(fontsize=7)
+        for ax in list(axes.flat)[len(panels) :]:
+            ax.set_visible(False)
+        axes[0, 0].set_ylabel("validation NE")
+        return _svg(figure, "Validation NE over the settings of each grid")
+
+
+def reliability(panels: dict[str, dict[str, Reliability]]) -> str:
+    """Reliability diagrams: panel title -> arm -> bins. The first arm is the baseline."""
+    columns = min(len(panels), 3)
+    with _figure(-(-len(panels) // columns), columns, 2.8 * -(-len(panels) // columns)) as (figure, grid):
+        for ax, (title, arms) in zip(grid.flat, panels.items(), strict=False):
+            top = max((max((*b.prediction, *b.rate), default=0.0) for b in arms.values()), default=0.0) or 1.0
+            ax.plot([0, top], [0, top], color=_INK, lw=0.8, alpha=0.6)
+            for i, (arm, bins) in enumerate(arms.items()):
+                ax.plot(
+                    bins.prediction, bins.rate, marker="o", ms=3.5, lw=1.2, color=_colour(i), label=figure_text(arm)
+                )
+            ax.set_title(figure_text(title))
+            ax.set_xlabel("mean prediction")
+            ax.legend()
+        for ax in list(grid.flat)[len(panels) :]:
+            ax.set_visible(False)
+        grid[0, 0].set_ylabel("observed rate")
+        return _svg(figure, "Reliability of baseline and arm")
+
+
 def densities(edges: Float, density: dict[str, dict[str, Float]]) -> str:
-    """Densities over logit(prediction): model -> cohort -> density of each bin (Fig. 3)."""
+    """Densities over logit(prediction): arm -> cohort -> density of each bin (Fig. 3)."""
     with _figure(1, len(density), 2.7, sharey=True, sharex=True) as (figure, grid):
-        for ax, (model, cohorts) in zip(grid[0], density.items(), strict=True):
-            for cohort, density_K in cohorts.items():
-                ax.stairs(density_K, edges, color=COLOURS[cohort], label=cohort, lw=1.5)
-                ax.stairs(density_K, edges, color=COLOURS[cohort], fill=True, alpha=0.16, lw=0)
-            ax.set_title(model)
+        for ax, (arm, cohorts) in zip(grid[0], density.items(), strict=True):
+            for i, (cohort, density_K) in enumerate(cohorts.items()):
+                ax.stairs(density_K, edges, color=_CYCLE[i % len(_CYCLE)], label=figure_text(cohort), lw=1.5)
+                ax.stairs(density_K, edges, color=_CYCLE[i % len(_CYCLE)], fill=True, alpha=0.16, lw=0)
+            ax.set_title(figure_text(arm))
             ax.set_xlabel("logit of the prediction")
         grid[0, 0].set_ylabel("density")
         grid[0, 0].legend()
-        return _svg(figure, "Densities of predictions on head and tail")
+        return _svg(figure, "Densities of predictions on the chosen cohorts")
 
 
 def y_distributions(layers: Sequence[str], y: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Density of Y: model -> layer -> summary of `diagnostics.YRecorder` (Fig. 2)."""
+    """Density of Y: arm -> layer -> summary of `diagnostics.YRecorder` (Fig. 2). The first arm is the baseline."""
     columns = min(len(layers), 3)
     rows = -(-len(layers) // columns)
     with _figure(rows, columns, 2.5 * rows) as (figure, grid):
         for ax, layer in zip(grid.flat, layers, strict=False):
-            found = {model: summaries[layer] for model, summaries in y.items() if layer in summaries}
+            found = {(i, arm): summaries[layer] for i, (arm, summaries) in enumerate(y.items()) if layer in summaries}
             limit = max(4 * max(s["std"] for s in found.values()), 1e-3)
             edges = np.linspace(-limit, limit, 82)
-            for model, summary in found.items():
-                colour = COLOURS[model]
+            for (i, arm), summary in found.items():
                 density = _rebinned(summary["histogram"], edges)
-                label = f"{model}: {summary['near_zero_relative']:.1%} near zero"
-                ax.stairs(density, edges, color=colour, lw=1.5, label=label)
-                ax.stairs(density, edges, color=colour, fill=True, alpha=0.16, lw=0)
-            ax.set_title(layer)
+                label = f"{figure_text(arm)}: {summary['near_zero_relative']:.1%} near zero"
+                ax.stairs(density, edges, color=_colour(i), lw=1.5, label=label)
+                ax.stairs(density, edges, color=_colour(i), fill=True, alpha=0.16, lw=0)
+            ax.set_title(figure_text(layer))
             ax.set_xlabel("y")
             ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
             ax.legend(loc="upper left")
         for ax in list(grid.flat)[len(layers) :]:
             ax.set_visible(False)
         grid[0, 0].set_ylabel("density")
-        return _svg(figure, "Distribution of Y for baseline and C2AL")
+        return _svg(figure, "Distribution of Y for baseline and arm")
 
 
 def _rebinned(histogram: Sequence[int], edges: Float) -> Float:
@@ -160,19 +247,21 @@ def _rebinned(histogram: Sequence[int], edges: Float) -> Float:
 
 
 def curves(panels: dict[str, dict[str, list[tuple[Float, Float]]]]) -> str:
-    """Lines over training steps: panel title -> name (a key of COLOURS) -> one (x, y) for each seed."""
+    """Lines over training steps: panel title -> name -> one (x, y) for each seed."""
     with _figure(1, len(panels), 2.7) as (figure, grid):
         for ax, (title, named) in zip(grid[0], panels.items(), strict=True):
-            for name, lines in named.items():
+            for position, (name, lines) in enumerate(named.items()):
+                colour = _colour(position + (0 if BASELINE in named else 2))
                 for i, (x, y) in enumerate(lines):
                     marker = "o" if len(x) < 12 else None
-                    label = name if i == 0 else None
-                    ax.plot(x, y, color=COLOURS[name], marker=marker, ms=3.5, lw=1.4, alpha=0.85, label=label)
-            ax.set_title(title)
+                    label = figure_text(name) if i == 0 else None
+                    ax.plot(x, y, color=colour, marker=marker, ms=3.5, lw=1.4, alpha=0.85, label=label)
+            ax.set_title(figure_text(title))
             ax.set_xlabel("step")
             ax.legend()
         return _svg(figure, ", ".join(panels))
 
 
-def _shorten(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _colour(position: int) -> str:
+    """The baseline, which comes first, is grey."""
+    return ("#7d8a9c", "#d9722b", *_CYCLE)[position % (2 + len(_CYCLE))]

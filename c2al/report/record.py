@@ -6,7 +6,7 @@ from typing import Any
 
 from c2al.state import read_state, write_state
 
-FILE, FORMAT, VERSION = "experiment.json", "c2al.experiment", 1
+FILE, FORMAT, VERSION = "experiment.json", "c2al.experiment", 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,15 @@ class ArmRecord:
     finding: str
     """Why the arm came to nothing; empty otherwise."""
 
+    @property
+    def chosen(self) -> TrialRecord | None:
+        """The selected trial."""
+        return None if self.selected is None else self.trials[self.selected]
+
+    def folders(self, seeds: tuple[int, ...]) -> tuple[str, ...]:
+        """Folder of the selected trial's training with each seed, relative to the experiment."""
+        return tuple(f"trainings/{self.chosen.name}/seed_{s}" for s in seeds) if self.chosen else ()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
@@ -55,6 +64,24 @@ class Record:
     """Why discovery came to nothing; empty otherwise."""
     baseline: ArmRecord
     arms: tuple[ArmRecord, ...]
+    serving: str = ""
+    """Training whose model is in serving/, relative to the experiment; empty when none is."""
+
+    @property
+    def done(self) -> tuple[ArmRecord, ...]:
+        """The arms that came to something."""
+        return tuple(a for a in self.arms if a.selected is not None)
+
+    @property
+    def main(self) -> ArmRecord | None:
+        """The arm that the verdict is about: the first with chosen cohorts, or else the first that is no placebo."""
+        ranked = sorted(self.done, key=lambda a: (a.source != "chosen", a.source == "shuffled"))
+        return ranked[0] if ranked else None
+
+    @property
+    def placebo(self) -> ArmRecord | None:
+        """The first placebo that came to something and is not the main arm."""
+        return next((a for a in self.done if a.source == "shuffled" and a is not self.main), None)
 
     def write(self, output: Path) -> None:
         write_state(output / FILE, self, format=FORMAT, version=VERSION)

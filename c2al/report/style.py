@@ -17,7 +17,7 @@ body {
   margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
 }
-main { max-width: 960px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 1040px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; }
@@ -37,15 +37,33 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-
 th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 td.text, th.text { text-align: left; }
-td.text { white-space: normal; overflow-wrap: break-word; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
 tr.chosen td { background: var(--panel); font-weight: 600; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 1.6rem; }
-figure svg { width: 100%; height: auto; display: block; }
+.draw { overflow-x: auto; }
+.draw svg { width: 100%; min-width: 620px; height: auto; display: block; }
+ul { padding-left: 1.2rem; max-width: 74ch; } li { margin: .25rem 0; }
+h1, li, p, figcaption, .tile { overflow-wrap: anywhere; }
 pre {
   background: var(--panel); border: 1px solid var(--line); border-radius: 8px;
   padding: .8rem 1rem; overflow-x: auto; font-size: .82rem; line-height: 1.45;
 }
+pre.tall { max-height: 26rem; overflow: auto; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-details summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
+@media (max-width: 600px) {
+  main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.4rem; } .tile strong { font-size: 1.5rem; }
+}
+@media print {
+  :root {
+    color-scheme: light; --page: #ffffff; --ink: #1c2430; --soft: #4c5663; --line: #ccd3da; --panel: #f5f7f9;
+    --better: #1c7f53; --worse: #b8324f; --accent: #c05f1d;
+  }
+  html { font-size: 11px; } body { font-size: 1rem; } main { max-width: none; padding: 0; } p, ul { max-width: none; }
+  table { font-size: .78rem; } th, td { padding: .2rem .3rem; white-space: normal; }
+  .scroll, .draw { overflow: visible; } .draw svg { min-width: 0; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: visible; font-size: .75rem; }
+  pre.tall { max-height: none; columns: 3; }
+  figure, .tile, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 1.6rem; }
+}
 """

@@ -114,14 +114,16 @@ def _load(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[s
 
     def load(path: Path) -> tuple[Path, dict[str, torch.Tensor], TrainingModel]:
         training = TrainingModel(run, path, world)
-        return path, {n.removeprefix(TASK_PREFIX): t for n, t in load_unsharded(path).items()}, training
+        # The objective's own state stands beside the model's.
+        loaded = load_unsharded(path).items()
+        return path, {n.removeprefix(TASK_PREFIX): t for n, t in loaded if n.startswith(TASK_PREFIX)}, training
 
     return load(checkpoint) if checkpoint else CheckpointReader(run.checkpoints, world).with_newest(load)
 
 
 def _model(run: Run, state: dict[str, torch.Tensor], path: Path) -> C2ALModel:
     """The model without auxiliary prediction heads, whose tables share memory with `state`."""
-    model = C2ALModel(run.config, len(run.cohorts), serving=True).eval()
+    model = C2ALModel(run.config, len(run.auxiliary), serving=True).eval()
     served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
     try:
         model.load_state_dict(served, assign=True)

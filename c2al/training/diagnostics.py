@@ -1,11 +1,10 @@
-"""Learning dynamics of C2AL: the distribution of Y, weight change, and what the auxiliary gradients do.
+"""Learning dynamics of C2AL: the distribution of Y, weight change, dead units, and what the tasks' gradients do.
 
 Letters: B batch, P rows and K columns of Y, H histogram edges, T tasks.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,58 +155,60 @@ def weight_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     return {module: math.sqrt(d / n) if n else None for module, (d, n) in totals.items()}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientSplit:
-    """An auxiliary gradient g_a beside the primary gradient g_p on one group of parameters."""
+def gramian_record(tasks: Sequence[str], gramian_TT: Tensor) -> dict[str, Any]:
+    """What the tasks' gradients at h do to each other, lambda included, from their inner products.
 
-    primary: float
-    """||g_p||"""
-    auxiliary: float
-    """||g_a||"""
-    parallel: float
-    """Signed length of g_a along g_p; negative: the two tasks pull against each other."""
-    orthogonal: float
-    """Length of what is left of g_a: learning signal that the primary loss does not give."""
-
-    @property
-    def cosine(self) -> float | None:
-        """Of the angle between g_a and g_p; None when one of them is 0."""
-        return self.parallel / self.auxiliary if self.auxiliary and self.primary else None
-
-
-def gradient_split(task_T: Sequence[Tensor], shared: Mapping[str, Tensor]) -> dict[str, tuple[GradientSplit, ...]]:
-    """Splits each auxiliary gradient into parts parallel and orthogonal to the primary gradient.
-
-    task_T: scalar losses with their graph, primary first, e.g. head and tail after it; multiply by
-    lambda beforehand for the gradients as Eq. 4 adds them. shared: name -> dense parameter of the
-    encoder or pooled embeddings, each part of that graph.
-
-    Returns name -> one GradientSplit a task after the first, and "" -> the same over all of `shared`.
-    The graph is kept and nothing is accumulated into `.grad`. Only `shared` is differentiated: pass
-    the pooled embeddings, never the tables, whose fused optimizer would step inside backward.
-    Source: C2AL, Sec. 4 (Eq. 11's "= 1" holds only for normalised identical gradients).
+    tasks: names, primary first. norms: |g_t|. cosines: T x T; None where a norm is 0. parallel: signed length of g_t
+    along the primary gradient, negative where the two pull against each other (0 without a primary gradient).
+    orthogonal: length of what is left of g_t, the signal that the primary loss does not give. Source: C2AL,
+    Eq. 8-12 (Eq. 11's "= 1" holds only for normalised identical gradients).
     """
-    gradients_TS = [
-        torch.autograd.grad(task, list(shared.values()), retain_graph=True, allow_unused=True) for task in task_T
+    g = gramian_TT.tolist()
+    norms = [math.sqrt(max(g[t][t], 0.0)) for t in range(len(tasks))]
+    parallel = [row[0] / norms[0] if norms[0] else 0.0 for row in g]
+    # Beyond 1 by rounding only.
+    cosines = [
+        [max(-1.0, min(1.0, dot / (a * b))) if a and b else None for dot, b in zip(row, norms, strict=True)]
+        for row, a in zip(g, norms, strict=True)
     ]
-    products: dict[str, Tensor] = {}
-    for s, name in enumerate(shared):
-        # A parameter that a task does not use has a gradient of 0 there.
-        flat = [(torch.zeros_like(shared[name]) if g[s] is None else g[s]).double().flatten() for g in gradients_TS]
-        gradient_TN = torch.stack(flat)
-        products[name] = torch.stack((gradient_TN @ gradient_TN[0], gradient_TN.square().sum(dim=1))).cpu()
-    products[""] = torch.stack(list(products.values())).sum(dim=0)
-    return {name: tuple(_splits(product_2T)) for name, product_2T in products.items()}
+    orthogonal = [math.sqrt(max(a**2 - p**2, 0.0)) for a, p in zip(norms, parallel, strict=True)]
+    return {
+        "tasks": list(tasks),
+        "norms": norms,
+        "cosines": cosines,
+        "parallel": parallel,
+        "orthogonal": orthogonal,
+    }
 
 
-def _splits(product_2T: Tensor) -> Iterable[GradientSplit]:
-    dot_T, square_T = product_2T.tolist()
-    primary = math.sqrt(square_T[0])
-    for dot, square in zip(dot_T[1:], square_T[1:], strict=True):
-        parallel = dot / primary if primary else 0.0
-        yield GradientSplit(
-            primary=primary,
-            auxiliary=math.sqrt(square),
-            parallel=parallel,
-            orthogonal=math.sqrt(max(square - parallel**2, 0.0)),
-        )
+class UnitRecorder:
+    """Counts the ReLU units that were never active while a model ran; used as `YRecorder` is."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._active: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "UnitRecorder":
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.ReLU):
+                self._hooks.append(module.register_forward_hook(self._hook(name.rpartition("over.")[2])))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, out: Tensor) -> None:
+            active = (out.detach().reshape(-1, out.shape[-1]) > 0).any(dim=0)
+            self._active[name] = active | self._active[name] if name in self._active else active
+
+        return hook
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Layer of ReLU units -> units, and the share of them that is dead."""
+        return {
+            name: {"units": len(active), "dead": 1.0 - active.double().mean().item()}
+            for name, active in self._active.items()
+        }

@@ -14,14 +14,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from c2al.config import Config
 from c2al.data.batch import Batch
+from c2al.nn.combine import Combine
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
 from c2al.nn.encoders import encoder_of
-from c2al.nn.objective import Target, lambda_scale, objective, targets
 from c2al.nn.prediction_heads import Heads
+from c2al.training.objective import Objective
 
-AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.")
-"""Of the parameters of C2ALModel that exist in training only: a name of theirs begins with one of these."""
+AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.", "over.heads.combine.")
+"""Of what exists in C2ALModel in training only: the name of a parameter or buffer begins with one of these."""
 
 
 class OverArch(nn.Module):
@@ -57,7 +58,10 @@ class OverArch(nn.Module):
         self.wide = nn.Linear(inputs, 1, bias=False) if model.wide else None
         # What only auxiliary tasks have comes last, so that the rest is initialised alike with and without it.
         auxiliary = 0 if serving else cohorts
-        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        # Behind experts no features are all tasks' own, and gradients there no longer tell the tasks apart.
+        shared = auxiliary and model.encoder == "shared-bottom"
+        combine = Combine(config.train.combine, 1 + cohorts, config.seed) if shared else None
+        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden, combine)
         self.encoder.add_auxiliary(cohorts, serving)
 
     def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, lengths: Tensor | None = None) -> Tensor:
@@ -132,42 +136,17 @@ def primary_prediction(logit_BT: Tensor) -> Tensor:
     return torch.sigmoid(logit_BT[:, 0].contiguous())
 
 
-class Objective(nn.Module):
-    """C2AL Eq. 4 on a Batch's columns; a module so that the pipeline's tracer need not look inside."""
-
-    def __init__(self, config: Config, cohorts: Sequence[str], world_size: int) -> None:
-        super().__init__()
-        train = config.train
-        self.target: Target = train.auxiliary_target
-        self._base_C = tuple(train.lambda_of(name) for name in cohorts)
-        self._schedule, self._share, self._world_size = train.lambda_schedule, train.lambda_share, world_size
-        self.lambda_C = self._base_C
-        """What the coming step weighs each cohort's loss with; numbers of the host."""
-
-    def at_step(self, step: int, total_steps: int) -> None:
-        """Sets the lambdas of `step` (from 0) of `total_steps`."""
-        scale = lambda_scale(self._schedule, self._share, step, total_steps)
-        self.lambda_C = tuple(value * scale for value in self._base_C)
-
-    def forward(
-        self, logit_BT: Tensor, label_B: Tensor, weight_B: Tensor, member_BC: Tensor, rows: int
-    ) -> tuple[Tensor, Tensor]:
-        target_BT = targets(label_B, member_BC, self.target)
-        # Gradients are averaged over ranks; local sum / (global rows / ranks) makes that the global mean.
-        loss = objective(logit_BT, target_BT, weight_B, lambda_C=self.lambda_C, rows=rows / self._world_size)
-        return loss.total, loss.task_T
-
-
 class TrainTask(nn.Module):
     """What is sharded and trained: Batch -> (loss, (task losses (T,), logit_BT, batch)).
 
-    `cohorts` are the names of the auxiliary cohorts. In eval mode there are no losses (None): whoever
-    scores needs no labels and no cohorts.
+    `cohorts` are the names of the cohorts whose membership a Batch carries. They are the auxiliary tasks where the
+    config has auxiliary losses. In eval mode there are no losses (None): whoever scores needs no labels and
+    no cohorts.
     """
 
     def __init__(self, config: Config, world_size: int, cohorts: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model = C2ALModel(config, len(cohorts))
+        self.model = C2ALModel(config, len(cohorts) if config.train.auxiliary else 0)
         self.objective = Objective(config, cohorts, world_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, tuple[Tensor | None, Tensor, Batch]]:

@@ -6,7 +6,7 @@ statistics.json    training statistics and vocabularies
 base_rates.json    how often each task is positive in the training split
 cohorts.json       the chosen cohorts, in a C2AL run
 checkpoints/       see c2al.distributed.checkpoint
-metrics.jsonl      one record per line: {"step": ..., "kind": "train" | "validation" | "y", ...}
+metrics.jsonl      one record per line: {"step": ..., "kind": ..., ...}; kinds in docs/artifacts.md
 tensorboard/       the same numbers
 plan.json          the sharding plan
 .lock              held by the process that trains
@@ -25,7 +25,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from c2al.config import Config, load_config, save_config
+from c2al.config import Config, load_config, redacted_config, save_config
 from c2al.data.cohorts import CohortSpec, read_cohorts
 from c2al.data.identity import FileIdentity, identify
 from c2al.data.source import open_dataset
@@ -33,6 +33,7 @@ from c2al.data.statistics import Statistics, fit_statistics
 from c2al.distributed.process import World
 from c2al.errors import ConfigError, StateError
 from c2al.files import only_writer, output_errors, write_atomically
+from c2al.nn.methods import check_method
 from c2al.text import redacted
 from c2al.training.base_rates import BaseRates, count_base_rates
 from c2al.training.inputs import Inputs, check_inputs
@@ -58,12 +59,17 @@ class Run:
     statistics: Statistics
     base_rates: BaseRates
     cohorts: tuple[CohortSpec, ...]
-    """The chosen ones, in a C2AL run; empty in a baseline's."""
+    """The chosen ones, in a run that needs cohorts; empty in a baseline's."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the cohorts."""
         return tuple(cohort.label for cohort in self.cohorts)
+
+    @property
+    def auxiliary(self) -> tuple[str, ...]:
+        """Names of the cohorts that are auxiliary tasks: all, or none in a run without auxiliary losses."""
+        return self.names if self.config.train.auxiliary else ()
 
     @property
     def checkpoints(self) -> Path:
@@ -84,7 +90,7 @@ def open_run(path: Path) -> Run:
         config=config,
         statistics=_read_statistics(path / "statistics.json"),
         base_rates=BaseRates.read(path / "base_rates.json"),
-        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.auxiliary else (),
+        cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.needs_cohorts else (),
     )
 
 
@@ -99,10 +105,11 @@ def sole_writer(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def start_run(path: Path, config: Config, cohorts: Path | None, world: World) -> Run:
+def start_run(path: Path, config: Config, cohorts: Path | None, world: World, like: Path | None = None) -> Run:
     """Makes the folder of a new run, or opens the one of an interrupted run of the same config and inputs.
 
-    All ranks share the scan of the training split; rank 0 alone writes. Raises on every rank:
+    All ranks share the scan of the training split; rank 0 alone writes. like: a run whose statistics are
+    taken over when it was fitted to the same files with the same data settings. Raises on every rank:
     ConfigError when the folder holds a run that this one cannot go on from, DataError when a file of any
     split is not what the config says or the training files changed, CohortError for cohorts that can
     teach nothing.
@@ -115,7 +122,8 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
     else:
         chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
         rates = count_base_rates(config, chosen, world, str(cohorts))
-        statistics = fit_statistics(config.data.train, config.data, world.share, world.size)
+        known = world.once(lambda: _taken_over(like, config, train))
+        statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size)
         world.once(lambda: _begin(path, statistics, rates, train, cohorts))
     world.once(lambda: save_config(config, path / "config.toml"))
     return Run(
@@ -123,7 +131,7 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World) ->
         config=config,
         statistics=statistics,
         base_rates=rates,
-        cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.auxiliary else (),
+        cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.needs_cohorts else (),
     )
 
 
@@ -131,12 +139,18 @@ def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdenti
     """Refuses what cannot be trained on before anything is written; returns the training files' identity."""
     if not config.data.train:
         raise ConfigError("data.train: names no files to train on")
+    check_method(config.train.combine)
     if config.train.auxiliary and cohorts is None:
         raise ConfigError(
             "train.auxiliary_lambda, train.lambdas: auxiliary losses need the cohorts; give --cohorts cohorts.json"
         )
-    if not config.train.auxiliary and cohorts is not None:
-        raise ConfigError(f"{cohorts}: cohorts without effect, since train.auxiliary_lambda and train.lambdas are 0")
+    if config.train.needs_cohorts and cohorts is None:
+        raise ConfigError("train.cohort_weight, train.group_dro: need the cohorts; give --cohorts cohorts.json")
+    if not config.train.needs_cohorts and cohorts is not None:
+        raise ConfigError(
+            f"{cohorts}: cohorts without effect, since train.auxiliary_lambda and train.lambdas are 0 and neither "
+            "train.cohort_weight nor train.group_dro is set"
+        )
     if (path / "config.toml").exists():
         _refuse_another_config(path, config)
     elif any((path / "checkpoints").glob("step-*")):
@@ -145,6 +159,12 @@ def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdenti
     labels = [c.label for c in chosen]
     if unknown := sorted(config.train.lambdas.keys() - set(labels) if chosen else ()):
         raise ConfigError([f"train.lambdas.{n}: {cohorts} chose {', '.join(labels)}{hint(n, labels)}" for n in unknown])
+    if config.train.uncertainty_weighting and (
+        zero := [label for label in labels if config.train.auxiliary and config.train.lambda_of(label) == 0]
+    ):
+        raise ConfigError(
+            f"train.uncertainty_weighting: a learned weight starts at its lambda, which is 0 of {', '.join(zero)}"
+        )
     check_inputs(config, chosen)
     return identify(open_dataset(config.data.train))
 
@@ -158,6 +178,17 @@ def _begin(
     Inputs(train=train, statistics_sha256=_sha256(text.encode())).write(path / "inputs.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_bytes())
+
+
+def _taken_over(like: Path | None, config: Config, train: tuple[FileIdentity, ...]) -> Statistics | None:
+    """The statistics of the run `like`; None when it is none yet, or was fitted to anything else."""
+    if like is None or not (like / "config.toml").exists():
+        return None
+    inputs, statistics = Inputs.read(like / "inputs.json"), like / "statistics.json"
+    if load_config(like / "config.toml").data != redacted_config(config).data or inputs.changes(train):
+        return None
+    read = _read_statistics(statistics)
+    return read if _sha256(statistics.read_bytes()) == inputs.statistics_sha256 else None
 
 
 def _resume(path: Path, config: Config, cohorts: Path | None, train: tuple[FileIdentity, ...]) -> Statistics:

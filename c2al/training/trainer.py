@@ -23,12 +23,13 @@ from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import CheckpointError, TrainingError
-from c2al.nn.objective import targets
 from c2al.training.batches import training_batches, training_reader, validation_batches
-from c2al.training.diagnostics import YRecorder
+from c2al.training.diagnostics import UnitRecorder, YRecorder
+from c2al.training.dynamics import Dynamics
 from c2al.training.interrupt import Interrupt
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
-from c2al.training.model import Objective, TrainTask
+from c2al.training.model import TrainTask
+from c2al.training.objective import Objective
 from c2al.training.pipeline import Clock, Pipeline
 from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
 from c2al.typed import Problems, build
@@ -43,12 +44,14 @@ INTERRUPT_STEPS = 10
 """Steps after which several ranks tell each other at the latest that one of them was told to stop."""
 
 
-def train(config: Config, output: Path, world: World, cohorts: Path | None = None) -> float | None:
+def train(
+    config: Config, output: Path, world: World, cohorts: Path | None = None, like: Path | None = None
+) -> float | None:
     """Trains to the end, going on from the newest checkpoint in `output`, and writes the run's folder.
 
     Returns the last validation NE (None: no validation split, or undefined). A finished run is left as
     it is; the NE is then the one it ended with. Trained weights are never deleted: only a run that fails
-    before its first step takes its new folder away again.
+    before its first step takes its new folder away again. like: see `start_run`.
 
     Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
     the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
@@ -58,7 +61,7 @@ def train(config: Config, output: Path, world: World, cohorts: Path | None = Non
     with sole_writer(output, world):
         trainer = None
         try:
-            trainer = Trainer(start_run(output, config, cohorts, world), world)
+            trainer = Trainer(start_run(output, config, cohorts, world, like), world)
             return trainer.train()
         except BaseException:
             if world.rank == 0 and missing and (trainer is None or trainer.step == 0):
@@ -88,10 +91,12 @@ class Trainer:
         self.clock = Clock()
         task = TrainTask(self.config, world.size, run.names)
         if self.config.train.prime_biases:
-            task.model.over.heads.prime(run.base_rates.rates(self.config.train.auxiliary_target))
+            rates = run.base_rates.rates(self.config.train.auxiliary_target)
+            task.model.over.heads.prime(rates[: 1 + len(run.auxiliary)])
         self.model = shard_model(task, self.config, world)
         # Sharding may copy modules, so the objective is looked up in what came out of it.
         self.objective = next(m for m in self.model.modules() if isinstance(m, Objective))
+        self.dynamics = Dynamics(self.model, (PRIMARY, *run.auxiliary))
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
         self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates)
@@ -149,6 +154,7 @@ class Trainer:
                     self._evaluate()
                     if saved:
                         self._save(self.ne)
+        self._record("weights", self.dynamics.weights())
         if self.log is not None:
             self.log.close()
         return self.ne
@@ -171,6 +177,7 @@ class Trainer:
         step = self.step + 1
         self.world.seed_step(self.config.seed, step)
         self.objective.at_step(step - 1, self.total)
+        self.dynamics.before(step, logged=step == self.total or step % self.config.train.log_every == 0)
         # The last step of all is an optimizer step whatever is accumulated.
         task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
         self.step_loss_T = task_T
@@ -231,9 +238,12 @@ class Trainer:
             "input_dist_overlapped": self.pipeline.overlapped,
             "peak_memory_mib": _peak_memory_mib(self.world.device),
             "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
-            "lambda": dict(zip(self.run.names, self.objective.lambda_C, strict=True)),
+            "lambda": dict(zip(self.run.auxiliary, self.objective.lambda_C, strict=True)),
+            **self.objective.shown(),
         }
         self._record("train", values)
+        if (gramian := self.dynamics.gramian()) is not None:
+            self._record("gramian", gramian)
         bar.set_postfix_str(f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}")
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
@@ -256,13 +266,15 @@ class Trainer:
         self._say(f"step {self.step}: validation NE {_shown(self.ne)}")
 
     def _record_y(self) -> None:
-        """The distribution of every Y on the first batches of the validation split, as rank 0 sees it."""
-        if not self.config.data.validation or "fm_attention" not in self.config.model.interactions:
+        """The distribution of every Y and the dead units on the first validation batches, as rank 0 sees them."""
+        if not self.config.data.validation:
             return
-        with self._evaluating(), YRecorder(self.model) as recorder:
+        with self._evaluating(), YRecorder(self.model) as recorder, UnitRecorder(self.model) as units:
             for batch in itertools.islice(validation_batches(self.run, self.world), Y_BATCHES):
                 self.model(batch)
-        self._record("y", recorder.summary())
+        if "fm_attention" in self.config.model.interactions:
+            self._record("y", recorder.summary())
+        self._record("units", units.summary())
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -307,11 +319,12 @@ class Trainer:
             tqdm.write(text, file=sys.stderr)
 
     def _new_metrics(self, lifetime: Sums | None = None) -> BinaryMetrics:
-        names = self.run.names
-        return BinaryMetrics((PRIMARY, *names), names, device=self.world.device, lifetime=lifetime)
+        return BinaryMetrics(
+            (PRIMARY, *self.run.auxiliary), self.run.names, device=self.world.device, lifetime=lifetime
+        )
 
     def _update(self, metrics: BinaryMetrics, logit_BT: Tensor, batch: Batch) -> None:
-        target_BT = targets(batch.label_B, batch.member_BC, self.objective.target)
+        target_BT = self.objective.targets(batch.label_B, batch.member_BC)
         metrics.update(logit_BT, target_BT, batch.weight_B, batch.member_BC)
 
     def _merged(self, sums: Sums) -> Sums:

@@ -30,6 +30,6 @@ def test_every_setting_and_its_default_is_there():
             section = line.strip("[]") + "."
         elif line and section not in ("data.sparse.",):
             name, _, value = line.partition(" = ")
-            assert (section + name) in ("axes", "dist.tables") or shown[section + name] in (value, None), line
+            assert (section + name) in ("axes", "arms", "dist.tables") or shown[section + name] in (value, None), line
     assert len(lines) > 80
     assert {f.name for f in dataclasses.fields(Config)} == {path.partition(".")[0] for path in shown}

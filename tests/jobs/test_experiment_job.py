@@ -1,35 +1,68 @@
 """`c2al experiment` from Parquet to the report, on a small set with planted cohorts and on real impressions."""
 
+import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from c2al.__main__ import main
-from c2al.config import load_config, replace, save_config
+from c2al.config import Arm, Config, load_config, replace, save_config
+from c2al.data.cohorts import read_cohorts
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
 from c2al.evaluation.evaluate import evaluate, paired
+from c2al.experiment.choose import _count, cohorts_of
 from c2al.experiment.run import experiment
+from c2al.report.record import Record, read_record
 from c2al.training.score import score
 from c2al.training.trainer import train
-from impressions import splits
+from impressions import splits, write_impressions
 
 ROOT = Path(__file__).parents[2]
 KUAIRAND = ROOT.parent / "shared" / "data" / "kuairand_pure"
+LAMBDA = "train.auxiliary_lambda"
+ARMS = (
+    Arm(name="c2al", cohorts="chosen", select={LAMBDA: [0.1, 0.5]}),
+    Arm(name="placebo", cohorts="shuffled"),
+    Arm(name="random_pair", cohorts="random"),
+    Arm(name="head_only", cohorts="one"),
+)
+
+
+def small(folder: Path, arms: tuple[Arm, ...] = (), **settings: object) -> Config:
+    """Two epochs on planted cohorts, every step's loss logged; in folder/c.toml."""
+    own = {"train.epochs": 2, "train.log_every": 1, "discover.min_rows": 100, "experiment.seeds": (0, 1)}
+    config = dataclasses.replace(replace(splits(folder), **{**own, **settings}), arms=arms)
+    save_config(config, folder / "c.toml")
+    return config
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    return ["experiment", "--config", str(folder / "c.toml"), "--output", str(folder / "out"), *more]
+
+
+def trained(out: Path) -> dict[str, int]:
+    """Every file that training wrote, with when it was written."""
+    files = [p for p in (out / "trainings").rglob("*") if p.name in ("result.json", "part-00000.parquet")]
+    return {str(p): p.stat().st_mtime_ns for p in files}
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
     """A finished experiment of two seeds."""
     folder = tmp_path_factory.mktemp("experiment")
-    config = replace(
-        splits(folder),
-        **{"train.epochs": 3, "experiment.seeds": (0, 1), "discover.min_rows": 100, "train.eval_every": 16},
-    )
-    save_config(config, folder / "c.toml")
-    assert main(["experiment", "--config", str(folder / "c.toml"), "--output", str(folder / "out")]) == 0
+    small(folder, arms=ARMS)
+    assert main(words(folder)) == 0
     return folder
 
 
@@ -38,19 +71,54 @@ def test_it_ends_with_a_report_and_every_number_behind_it(done):
     evaluation = json.loads((out / "evaluation" / "evaluation.json").read_text())
     names = [(s["axis"], s["name"]) for s in evaluation["segments"]]
     assert names[:3] == [("overall", "overall"), ("cohort", "head"), ("cohort", "tail")]
-    overall = {"ne_diff": evaluation["segments"][0]["differences"][0]["estimates"]["ne"]}
-    assert len(overall["ne_diff"]["per_seed"]) == 2
-    low, high = overall["ne_diff"]["interval"]
-    assert low <= overall["ne_diff"]["value"] <= high
-    chosen = json.loads((out / "cohorts" / "cohorts.json").read_text())["chosen"]
+    ne_diff = evaluation["segments"][0]["differences"][0]["estimates"]["ne"]
+    assert len(ne_diff["per_seed"]) == 2
+    low, high = ne_diff["interval"]
+    assert low <= ne_diff["value"] <= high
+    chosen = json.loads((out / read_record(out).discovery / "cohorts.json").read_text())["chosen"]
     assert {chosen["head"]["axis"], chosen["tail"]["axis"]} == {"surface"}, "the planted axis"
     html = (out / "report.html").read_text()
-    assert f"{abs(overall['ne_diff']['value']):.3%}" in html
+    assert f"{abs(ne_diff['value']):.3%}" in html
     assert "<svg" in html
     assert "<script" not in html
     assert "http://" not in html.replace("http://www.w3.org", ""), "self-contained"
-    proof = json.loads((out / "seed_0" / "c2al" / "serving" / "proof.json").read_text())
+    proof = json.loads((out / "serving" / "proof.json").read_text())
     assert proof["rows_compared"] == 2048
+
+
+def test_all_arms_of_a_seed_start_from_the_same_weights_and_read_the_same_batches(done):
+    """The primary task before the first update: logits to the bit, the loss to the rounding of its float32 mean, which
+    one and several tasks sum in another order."""
+    record = read_record(done / "out")
+    for seed in (0, 1):
+        first, losses = {}, []
+        for arm in (record.baseline, *record.arms):
+            for trial in arm.trials:
+                path = done / "out" / "trainings" / trial.name / f"seed_{seed}" / "run" / "metrics.jsonl"
+                line = json.loads(path.read_text().splitlines()[0])
+                assert line["step"] == 1
+                first[trial.name] = line["window"]["primary"]["all"]["ne"]
+                losses.append(line["loss"]["primary"])
+        assert len(first) == 6
+        assert len(set(first.values())) == 1, first
+        assert losses == pytest.approx([losses[0]] * 6, rel=2**-23)
+
+
+def test_a_grid_keeps_the_lowest_mean_validation_ne(done):
+    c2al = read_record(done / "out").arms[0]
+    assert [t.settings for t in c2al.trials] == [{LAMBDA: 0.1}, {LAMBDA: 0.5}]
+    means = [np.mean(t.validation_ne) for t in c2al.trials]
+    assert c2al.selected == int(np.argmin(means))
+    for trial in c2al.trials:
+        for seed, ne in zip((0, 1), trial.validation_ne, strict=True):
+            log = done / "out" / "trainings" / trial.name / f"seed_{seed}" / "run" / "metrics.jsonl"
+            last = [r for r in map(json.loads, log.read_text().splitlines()) if r["kind"] == "validation"][-1]
+            assert ne == last["primary"]["all"]["ne"]
+
+
+def test_statistics_are_fitted_once(done):
+    kept = {p.read_bytes() for p in (done / "out" / "trainings").rglob("statistics.json")}
+    assert len(kept) == 1
 
 
 def test_run_again_it_repeats_no_stage_and_gives_the_same_report(done, capsys):
@@ -59,24 +127,215 @@ def test_run_again_it_repeats_no_stage_and_gives_the_same_report(done, capsys):
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
     shutil.rmtree(out / "evaluation")
     (out / "report.html").unlink()
-    assert main(["experiment", "--config", str(done / "c.toml"), "--output", str(out)]) == 0
-    assert (out / "report.html").read_bytes() == before
+    assert main(words(done)) == 0
+    after = (out / "report.html").read_bytes()
+    # The command line is that of this process in both.
+    assert after == before
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")} == stamps
-    assert "NE_diff" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "NE_diff" in printed
+    assert "c2al against placebo" in printed
+    assert "\nsurface " not in printed, "overall and cohorts only"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--discover.min_rows", "90"),
+        ("--evaluate.replicates", "40"),
+        ("--axes", "[{name = 'surface', column = 'surface'}]"),
+    ],
+)
+def test_changed_discovery_or_evaluation_trains_nothing_again(done, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(done / "out", copy / "out", copy_function=shutil.copy2)
+    shutil.copy(done / "c.toml", copy / "c.toml")
+    before = {k: v for k, v in trained(copy / "out").items() if "result.json" in k}
+    record = read_record(copy / "out")
+    assert main(words(copy, *change)) == 0
+    after = {k: v for k, v in trained(copy / "out").items() if "result.json" in k}
+    assert {k: after[k] for k in before} == before
+    assert read_record(copy / "out").baseline.trials == record.baseline.trials
 
 
 def test_another_config_in_the_same_folder_is_refused(done, capsys):
-    words = ["experiment", "--config", str(done / "c.toml"), "--output", str(done / "out"), "--seed", "5"]
-    assert main(words) == 2
+    assert main(words(done, "--seed", "5")) == 2
     assert "holds an experiment of another config" in capsys.readouterr().err
 
 
+def test_other_training_data_under_the_same_path_are_refused_by_name(done, tmp_path, capsys):
+    for name in ("train", "validation", "test"):
+        shutil.copytree(done / name, tmp_path / name)
+    small(tmp_path, arms=(Arm(name="c2al"),))
+    (tmp_path / "out").mkdir()
+    assert main(words(tmp_path, "--experiment.seeds", "[0]", "--train.max_steps", "2", "--train.epochs", "1")) == 0
+    write_impressions(tmp_path / "train", seed=0, label=np.zeros(4096, np.int8))
+    assert main(words(tmp_path, "--experiment.seeds", "[0]", "--train.max_steps", "2", "--train.epochs", "1")) == 2
+    said = capsys.readouterr().err
+    assert "data.train" in said
+    assert "part-0.parquet" in said
+
+
 def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
-    config = replace(splits(tmp_path), **{"train.auxiliary_lambda": 0.5, "data.test": (), "axes": ()})
+    config = replace(splits(tmp_path), **{LAMBDA: 0.5, "data.test": (), "axes": ()})
     with process_group(config.dist) as world, pytest.raises(ConfigError) as caught:
         experiment(config, tmp_path / "out", world, "by hand")
-    for field in ("train.auxiliary_lambda", "data.test", "axes"):
+    for field in (LAMBDA, "data.test", "axes"):
         assert field in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"axes": [{"name": "a", "column": "surfcae"}]}, "surfcae"),
+        ({"data.row_id": "surface"}, "row_id"),
+    ],
+)
+def test_a_column_that_no_stage_could_use_is_refused_before_the_first_step(tmp_path, capsys, wrong, said):
+    config = replace(splits(tmp_path), **{k: v for k, v in wrong.items() if k != "axes"})
+    save_config(config, tmp_path / "c.toml")
+    more = ["--axes", "[{name = 'a', column = 'surfcae'}]"] if "axes" in wrong else []
+    assert main(words(tmp_path, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
+
+
+FINDINGS = {
+    "no pair that noise allows": ("--discover.min_rows", "100000"),
+    "cuts that do not fit the scored rows": (
+        "--axes",
+        "[{name = 'few', column = 'item_id', kind = 'percentiles', percentiles = [0, 10.7, 100]}]",
+        "--discover.cut_tolerance",
+        "0.0001",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FINDINGS.values(), ids=FINDINGS.keys())
+def test_without_cohorts_an_arm_ends_with_a_finding_and_the_experiment_goes_on(tmp_path, capsys, change):
+    plain = Arm(name="slower", cohorts="none", overrides={"train.optimizer.dense_lr": 0.0005})
+    small(tmp_path, arms=(Arm(name="c2al"), plain), **{"experiment.seeds": (0,), "train.epochs": 1})
+    assert main(words(tmp_path, *change)) == 0
+    c2al, slower = read_record(tmp_path / "out").arms
+    assert c2al.selected is None
+    assert c2al.finding
+    assert slower.selected == 0
+    assert f"Not trained: c2al. {c2al.finding}" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").exists()
+    assert not (tmp_path / "out" / "serving").exists()
+
+
+def test_test_labels_play_no_part_in_what_is_selected(tmp_path):
+    """The same experiment, with every test label turned round."""
+    kept: list[Record] = []
+    for name in ("as_is", "turned"):
+        config = small(
+            tmp_path / name,
+            arms=(Arm(name="c2al", select={LAMBDA: [0.1, 0.5]}),),
+            **{"train.epochs": 1, "experiment.select": {"train.optimizer.dense_lr": [0.001, 0.02]}},
+        )
+        if name == "turned":
+            (path,) = (tmp_path / name / "test").glob("*.parquet")
+            table = pq.read_table(path)
+            turned = pa.array(1 - table["label"].to_numpy(), table["label"].type)
+            pq.write_table(table.set_column(table.schema.get_field_index("label"), "label", turned), path)
+        with process_group(config.dist) as world:
+            experiment(config, tmp_path / name / "out", world, "by hand")
+        kept.append(read_record(tmp_path / name / "out"))
+    one, other = kept
+    for a, b in zip((one.baseline, *one.arms), (other.baseline, *other.arms), strict=True):
+        assert a.selected == b.selected
+        assert [t.validation_ne for t in a.trials] == [t.validation_ne for t in b.trials]
+
+
+def test_a_placebo_has_the_sizes_of_its_pair_in_users_that_are_the_same_everywhere(done):
+    config, record = load_config(done / "c.toml"), read_record(done / "out")
+    pair, fake = (
+        read_cohorts(done / "out" / "trainings" / a.trials[0].name / "cohorts.json").chosen() for a in record.arms[:2]
+    )
+    rows_K, size = _count(pair, config, 0)
+    _, fake_size = _count(fake, config, 0)
+    for wanted, got in zip(size, fake_size, strict=True):
+        assert abs(wanted - got) <= 2 * rows_K.max(), "to within a bucket at either end"
+    members: dict[int, set[str]] = {}
+    for split in ("train", "validation", "test"):
+        table = pq.read_table(done / split)
+        labels = np.where(fake[0].membership(table), "head", np.where(fake[1].membership(table), "tail", "none"))
+        assert not (fake[0].membership(table) & fake[1].membership(table)).any()
+        for user, label in zip(table["user_id"].to_pylist(), labels, strict=True):
+            members.setdefault(user, set()).add(label)
+    assert all(len(found) == 1 for found in members.values()), "a user is on one side in every split"
+    assert {label for found in members.values() for label in found} == {"head", "tail", "none"}
+
+
+def test_a_random_pair_is_drawn_from_the_seed(done):
+    config, folder = load_config(done / "c.toml"), done / "out" / read_record(done / "out").discovery
+    drawn = [cohorts_of(Arm(name="a", cohorts="random", draw=i), config, folder) for i in (0, 0, *range(1, 9))]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(c.conditions for c in pair) for pair in drawn}) > 1
+    chosen = read_cohorts(folder / "cohorts.json").chosen()
+    assert all({c.conditions for c in pair} != {c.conditions for c in chosen} for pair in drawn)
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "c2al", *words(Path("."), *more)]
+    log = (folder / f"log{len(list(folder.glob('log*')))}").open("w")
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def relative(folder: Path) -> None:
+    """An experiment whose command and configuration name no folder, so that two of them can be compared."""
+    arms = (Arm(name="c2al"), Arm(name="placebo", cohorts="shuffled"))
+    config = small(folder, arms=arms, **{"train.epochs": 1})
+    data = dataclasses.replace(config.data, **{s: (s,) for s in ("train", "validation", "test")})
+    config = dataclasses.replace(config, data=data)
+    save_config(config, folder / "c.toml")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> bytes:
+    """The report of an experiment that one process made from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    relative(folder)
+    assert start(folder).wait(300) == 0
+    return (folder / "out" / "report.html").read_bytes()
+
+
+def test_killed_twice_it_ends_with_the_same_report(tmp_path, undisturbed):
+    """In another folder, from scratch, with the same command: so this also shows that a seed fixes the report."""
+    relative(tmp_path)
+    for stage in ("trainings/baseline-*/seed_1/run/metrics.jsonl", "trainings/placebo-*/seed_0/run/metrics.jsonl"):
+        process = start(tmp_path)
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline and not list((tmp_path / "out").glob(stage)):
+            time.sleep(0.02)
+        assert process.poll() is None, "it was to be killed in the middle"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "out" / "report.html").exists()
+    assert start(tmp_path).wait(300) == 0
+    assert (tmp_path / "out" / "report.html").read_bytes() == undisturbed
+
+
+def test_two_processes_on_one_folder_train_everything_once(tmp_path, undisturbed):
+    relative(tmp_path)
+    processes = [start(tmp_path, "--seeds", seed) for seed in ("0", "1")]
+    assert [p.wait(400) for p in processes] == [0, 0]
+    logs = "".join(p.read_text() for p in tmp_path.glob("log*"))
+    assert logs.count("validation NE") == 6, "three arms, two seeds, each trained by one of the two"
+    body = (tmp_path / "out" / "report.html").read_text().partition("<h2>Reproduction</h2>")[0]
+    assert body == undisturbed.decode().partition("<h2>Reproduction</h2>")[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--arms", "no arm is named 'nobody'"), ("--seeds", "'nobody' is not a seed")]
+)
+def test_a_share_that_is_not_there_is_refused(tmp_path, capsys, flag, said):
+    small(tmp_path)
+    assert main(words(tmp_path, flag, "nobody")) == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -227,3 +227,31 @@ def test_learns_a_pairwise_interaction():
         loss.backward()
         optimizer.step()
     assert loss < 0.35
+
+
+@pytest.mark.parametrize("y", ["mlp", "static"])
+def test_penalties_on_y_are_their_formula(y):
+    """Gradients of L + y_l1 mean_b sum |Y_b| + y_l2 mean_b sum Y_b^2; the output and eval mode know nothing of it."""
+    torch.manual_seed(0)
+    plain = FMAttention(4, 8, 3, FMConfig(y=y, k=2, hidden=6)).double()
+    penalised = FMAttention(4, 8, 3, FMConfig(y=y, k=2, hidden=6, y_l1=0.3, y_l2=0.7)).double()
+    penalised.load_state_dict(plain.state_dict())
+    x_BMD = torch.randn(5, 4, 8, dtype=torch.float64)
+    a, b = (x_BMD.clone().requires_grad_() for _ in range(2))
+    y_BPK = plain.y(a)
+    per_sample = y_BPK if y_BPK.dim() == 3 else y_BPK[None]
+    penalty = (0.3 * per_sample.abs() + 0.7 * per_sample**2).sum(dim=(1, 2)).mean()
+    (plain(a).sin().sum() + penalty).backward()
+    out = penalised(b)
+    assert torch.equal(out, plain(a))
+    out.sin().sum().backward()
+    torch.testing.assert_close(b.grad, a.grad)
+    for (name, p), q in zip(plain.named_parameters(), penalised.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    penalised.eval()
+    penalised.zero_grad()
+    penalised(b).sin().sum().backward()
+    plain.zero_grad()
+    plain(a).sin().sum().backward()
+    for p, q in zip(plain.parameters(), penalised.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)

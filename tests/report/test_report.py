@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import re
@@ -12,15 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from c2al.config import Config, parse_config, save_config
-from c2al.errors import DataError
-from c2al.evaluation.evaluate import evaluate, paired
+from c2al.config import parse_config, save_config
+from c2al.errors import C2ALError
+from c2al.evaluation.result import read_evaluation
+from c2al.experiment.run import evaluate_record
 from c2al.nn.interactions import StaticY, YSource
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
+from c2al.report.record import ArmRecord, Record, TrialRecord
+from c2al.report.verdict import sentence
 from c2al.training.diagnostics import YRecorder
 
-HOSTILE = '<script>alert("tab")</script>'
+HOSTILE = '<script>parent.ran = alert("tab")</script>'
 """A category as data may hold it."""
 
 
@@ -50,8 +54,20 @@ def y_record(std: float, step: int, seed: int) -> dict[str, Any]:
     return {"step": step, "kind": "y", **recorder.summary()}
 
 
-def metrics(arm: str, seed: int) -> str:
-    gain = 0.01 if arm == "c2al" else 0.0
+def gramian(step: int) -> dict[str, Any]:
+    cosines = [[1.0, 0.25, -0.125], [0.25, 1.0, 0.5], [-0.125, 0.5, 1.0]]
+    parts = {"parallel": [2.0, 0.5, -0.25], "orthogonal": [0.0, 1.5, 1.75]}
+    return {
+        "step": step,
+        "kind": "gramian",
+        "tasks": ["primary", "head", "tail"],
+        "norms": [2.0, 1.625, 1.375],
+        "cosines": cosines,
+        **parts,
+    }
+
+
+def metrics(auxiliary: bool, seed: int, gain: float) -> str:
     rng = np.random.default_rng(seed)
     records: list[dict[str, Any]] = []
     for step in range(50, 1001, 50):
@@ -59,13 +75,15 @@ def metrics(arm: str, seed: int) -> str:
         records.append({"step": step, "kind": "train", "window": {"primary": {"all": {"ne": ne}}}})
         if step % 200 == 0:
             tasks = {"primary": {"all": {"ne": ne + 0.01}}}
-            if arm == "c2al":
+            if auxiliary:
                 tasks |= {
                     "head": {"all": {"ne": ne - 0.1}},
                     "tail": {"all": {"ne": None if step == 200 else ne + 0.05}},
                 }
+                records.append(gramian(step))
+                records.append({"step": step, "kind": "weights", "dhen.layers.0": 0.03125, "over": None})
             records.append({"step": step, "kind": "validation", **tasks})
-            records.append(y_record(0.1 if arm == "baseline" else 0.3, step, seed))
+            records.append(y_record(0.3 if auxiliary else 0.1, step, seed))
     return "".join(json.dumps(r) + "\n" for r in records)
 
 
@@ -77,11 +95,13 @@ def cohorts_json() -> dict[str, Any]:
 
     estimate = {"value": 0.0123, "low": 0.01, "high": 0.014}
     measures = dict.fromkeys(("js", "kl", "cosine", "wasserstein", "wasserstein_logit"), estimate)
+    noise = {key: {"value": -0.0007, "low": -0.002, "high": 0.0006} for key in measures}
     tabs = [cohort(n, "tab", r) for n, r in (("feed", 5000), ("search", 3000), (HOSTILE, 400), ("never", 10))]
     degrees = [cohort(n, "degree", r) for n, r in (("full", 6000), ("low", 2000))]
     return {
         "format": "c2al.cohorts",
         "version": 2,
+        "units": {"js": "Jensen-Shannon divergence, nats"},
         "rule": {"measure": "js", "confidence": 0.95, "correction": "bonferroni", "tested_pairs": 7},
         "chosen": {
             "head": {"axis": "tab", **{k: tabs[0][k] for k in ("name", "conditions")}},
@@ -102,14 +122,31 @@ def cohorts_json() -> dict[str, Any]:
                 "name": "degree",
                 "columns": ["degree"],
                 "cohorts": degrees,
-                "pairs": [{"head": "full", "tail": "low", "lower_bound": -0.001, **measures}],
+                "pairs": [{"head": "full", "tail": "low", "lower_bound": -0.001, **noise}],
             },
         ],
     }
 
 
-def make_experiment(folder: Path, gain: float = 0.15, seeds: tuple[int, ...] = (0, 1)) -> Config:
-    """An experiment's folder whose C2AL models are better than the baselines by `gain` of logit error."""
+ARMS: dict[str, tuple[str, float]] = {"c2al": ("chosen", 0.15), "placebo": ("shuffled", 0.0)}
+"""Name -> (source, how much less logit error than the baseline's)."""
+
+
+def write_scores(folder: Path, error: float, rng: np.random.Generator, z: Any, columns: dict[str, Any]) -> None:
+    p = 1 / (1 + np.exp(-(z + error * rng.normal(size=len(z)))))
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({**columns, "prediction": p.astype(np.float32)}), folder / "part-00000.parquet")
+    (folder / "_complete.json").write_text("{}")
+
+
+def make_experiment(
+    folder: Path,
+    arms: dict[str, tuple[str, float]] = ARMS,
+    seeds: tuple[int, ...] = (0, 1),
+    findings: dict[str, str] | None = None,
+    discovery: str = "cohorts-0123456789",
+) -> None:
+    """An experiment's folder whose arms are better than the baseline by what `arms` says."""
     config = parse_config(
         {
             "data": {"sparse": [{"column": "video", "num_embeddings": 9}], "test": ["a&b.parquet"]},
@@ -123,8 +160,9 @@ def make_experiment(folder: Path, gain: float = 0.15, seeds: tuple[int, ...] = (
     (folder / "versions.json").write_text(
         json.dumps({"python": "3.11.9", "torch": "2.13.0", "machine": "x86_64 Linux"})
     )
-    (folder / "cohorts").mkdir()
-    (folder / "cohorts" / "cohorts.json").write_text(json.dumps(cohorts_json()))
+    if discovery:
+        (folder / discovery).mkdir()
+        (folder / discovery / "cohorts.json").write_text(json.dumps(cohorts_json()))
 
     rng, rows, users = np.random.default_rng(0), 12000, 800
     user = rng.integers(0, users, rows)
@@ -138,20 +176,41 @@ def make_experiment(folder: Path, gain: float = 0.15, seeds: tuple[int, ...] = (
         "tab": tab,
         "degree": np.where(user % 3 == 0, "low", "full").astype(object),
     }
-    for seed in seeds:
-        for arm in ("baseline", "c2al"):
-            error = 0.8 - (gain if arm == "c2al" else 0.0)
-            p = 1 / (1 + np.exp(-(z + error * rng.normal(size=rows))))
-            scores = folder / f"seed_{seed}" / arm / "scores_test"
-            scores.mkdir(parents=True)
-            pq.write_table(pa.table({**columns, "prediction": p.astype(np.float32)}), scores / "part-00000.parquet")
-            (scores / "_complete.json").write_text("{}")
-            (folder / f"seed_{seed}" / arm / "run").mkdir()
-            (folder / f"seed_{seed}" / arm / "run" / "metrics.jsonl").write_text(metrics(arm, seed))
-    pairs = [tuple(folder / f"seed_{s}" / arm / "scores_test" for arm in ("baseline", "c2al")) for s in seeds]
-    cohorts = folder / "cohorts" / "cohorts.json"
-    evaluate(paired(pairs), cohorts, config.axes, config.evaluate, 0, folder / "evaluation", config.data)
-    return config
+    records = []
+    for name, (source, gain) in {"baseline": ("none", 0.0), **arms}.items():
+        for seed in seeds:
+            training = folder / "trainings" / f"{name}-2" / f"seed_{seed}"
+            write_scores(training / "scores_test-a", 0.8 - gain, rng, z, columns)
+            (training / "run").mkdir()
+            (training / "run" / "metrics.jsonl").write_text(metrics(name != "baseline", seed, gain / 15))
+        grid = [] if name == "baseline" else [0.1, 0.3, 1.0]
+        trials = tuple(
+            TrialRecord(
+                name=f"{name}-{i + 1}",
+                settings={"train": {"auxiliary_lambda": value}},
+                validation_ne=tuple(0.9 + 0.01 * (value - 0.3) ** 2 + 0.001 * s for s in seeds),
+            )
+            for i, value in enumerate(grid)
+        )
+        alone = TrialRecord(name=f"{name}-2", settings={}, validation_ne=tuple(0.91 for _ in seeds))
+        records.append(
+            ArmRecord(
+                name=name,
+                source=source,
+                cohorts=() if name == "baseline" else ("head: tab = feed", f"tail: tab = {HOSTILE}"),
+                trials=trials or (alone,),
+                selected=1 if trials else 0,
+                scores=tuple(f"trainings/{name}-2/seed_{s}/scores_test-a" for s in seeds),
+                finding="",
+            )
+        )
+    for name, finding in (findings or {}).items():
+        empty = {"cohorts": (), "trials": (), "selected": None, "scores": ()}
+        records.append(ArmRecord(name=name, source="chosen", finding=finding, **empty))
+    baseline, *others = records
+    record = Record(seeds=seeds, discovery=discovery, finding="", baseline=baseline, arms=tuple(others))
+    record.write(folder)
+    evaluate_record(record, config, folder)
 
 
 class Page(html.parser.HTMLParser):
@@ -200,32 +259,60 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def percent(text: str) -> float:
+    return float(text.replace("−", "-").rstrip("%")) / 100
+
+
+def by_title(page: Page, *titles: str) -> list[list[str]]:
+    """The rows of the table whose head begins with `titles`."""
+    (found,) = [t[1:] for t in page.tables if tuple(t[0][: len(titles)]) == titles]
+    return found
+
+
 def test_report_holds_the_numbers_of_the_evaluation(experiment: Path):
     page = Page(write_report(experiment))
-    tree = json.loads((experiment / "evaluation" / "evaluation.json").read_text())
-    result = page.tables[0]
-    assert [row[0] for row in result[1:]] == ["overall", "head (tab = feed)", f"tail (tab = {HOSTILE})"]
-    for row, segment in zip(result[1:], tree["segments"], strict=False):
-        estimate = segment["differences"][0]["estimates"]["ne"]
-        assert row[1] == f"{segment['rows']:,}"
-        assert float(row[5].replace("−", "-").rstrip("%")) == pytest.approx(100 * estimate["value"], abs=6e-4)
-        low, high = (float(v.replace("−", "-").rstrip("%")) for v in row[6].split(" to "))
-        assert (low, high) == pytest.approx([100 * b for b in estimate["interval"]], abs=6e-4)
-    assert "better: the interval lies below 0" in page.words
-    assert "C2AL lowers test NE" in page.words
-    assert "It is negative in 2 of 2 seeds." in page.words
+    overall = read_evaluation(experiment / "evaluation" / "evaluation.json").overall
+    rows = {row[0]: row for row in by_title(page, "arm", "NE_diff")}
+    assert list(rows) == ["baseline", "c2al", "placebo"]
+    for arm in ("c2al", "placebo"):
+        difference = overall.difference(arm, "baseline")
+        estimate, judgement = difference.estimates["ne"], difference.judgement
+        assert percent(rows[arm][1]) == pytest.approx(estimate.value, abs=6e-6)
+        assert [percent(v) for v in rows[arm][2].split(" to ")] == pytest.approx(judgement.corrected_interval, abs=6e-6)
+        assert rows[arm][3] == judgement.verdict
+        assert rows[arm][8] == "auxiliary_lambda = 0.3"
+    assert by_title(page, "arm", "against")[0][:2] == ["c2al", "placebo"]
+
+
+def test_the_sections_stand_in_the_order_of_the_argument(experiment: Path):
+    text = write_report(experiment).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+        "Arms",
+        "Lambda",
+        "NE_diff by segment",
+        "Choice of the cohorts",
+        "Predictions on the chosen cohorts",
+        "Calibration",
+        "Dynamics",
+        "Power",
+        "Reproduction",
+    ]
 
 
 def test_report_is_complete_and_self_contained(experiment: Path):
     page = Page(write_report(experiment))
-    assert page.loads == []
+    assert page.loads == ["link", "data:,"], "no icon is asked for, and nothing else is loaded"
     assert page.figures == [
+        "NE_diff by arm",
+        "Validation NE over the settings of each grid",
         "NE_diff by segment of tab",
         "NE_diff by segment of degree",
-        "Densities of predictions on head and tail",
+        "Densities of predictions on the chosen cohorts",
+        "Reliability of baseline and arm",
         "training NE, validation NE, validation NE, auxiliary tasks",
-        "Distribution of Y for baseline and C2AL",
-        "layer 0: share of |y| < 0.1 rms, layer 1: share of |y| < 0.1 rms",
+        "norm of the gradient, cosine to the primary gradient",
+        "Distribution of Y for baseline and arm",
+        "layer 0: |y| < 0.1 rms, layer 1: |y| < 0.1 rms",
     ]
     for said in (
         "c2al experiment --config 'a<b>.toml'",
@@ -233,9 +320,8 @@ def test_report_is_complete_and_self_contained(experiment: Path):
         'test = ["a&b.parquet"]',
         "fm.y = 'mlp'",
         "Layout 'paper'",
-        "undefined: no rows",
         "largest corrected lower bound of js",
-        "means over 2 seeds",
+        "Jensen-Shannon divergence, nats",
     ):
         assert said.lower() in page.words.lower()
     assert HOSTILE in page.words  # as text
@@ -245,6 +331,42 @@ def test_report_is_complete_and_self_contained(experiment: Path):
 def test_same_files_same_bytes(experiment: Path):
     first = write_report(experiment).read_bytes()
     assert write_report(experiment).read_bytes() == first
+
+
+def test_paths_stand_in_the_reproduction_only(experiment: Path):
+    body, _, reproduction = write_report(experiment).read_text().partition("<h2>Reproduction</h2>")
+    assert str(experiment) not in body
+    assert "a&amp;b.parquet" in reproduction
+
+
+def test_a_divergence_that_is_not_above_0_is_about_0(experiment: Path):
+    rows = by_title(Page(write_report(experiment)), "axis", "head", "tail", "lower bound")
+    (noise,) = [r for r in rows if r[0] == "degree"]
+    assert noise[3:5] == ["not above 0", "about 0 (about 0 to 0.0006)"]
+    assert next(r for r in rows if r[0] == "tab")[4] == "0.0123 (0.01 to 0.014)"
+
+
+def test_the_curve_shows_every_setting_and_what_was_kept(experiment: Path):
+    rows = by_title(Page(write_report(experiment)), "arm", "settings", "validation NE", "seed sd")
+    assert [r[1] for r in rows if r[0] == "c2al"] == [f"train.auxiliary_lambda = {v}" for v in (0.1, 0.3, 1.0)]
+    assert [r[1] for r in rows if r[4] == "kept"] == ["train.auxiliary_lambda = 0.3"] * 2
+    # The mean and the standard deviation of 0.9 and 0.901.
+    assert next(r for r in rows if r[4] == "kept")[2:4] == ["0.90050", "0.00071"]
+
+
+def test_gradients_and_weights_are_shown_where_they_were_recorded(experiment: Path, tmp_path: Path):
+    page = Page(write_report(experiment))
+    rows = by_title(page, "task", "norm", "parallel", "orthogonal")
+    assert rows[1] == ["head", "1.62", "0.5", "1.5", "+0.250", "+1.000", "+0.500"]
+    assert by_title(page, "module") == [["dhen.layers.0", "–", "0.0312"], ["over", "–", "–"]]
+    copy = tmp_path / "copy"
+    shutil.copytree(experiment, copy)
+    for path in copy.rglob("metrics.jsonl"):
+        kept = [x for x in path.read_text().splitlines() if json.loads(x)["kind"] not in ("gramian", "weights", "y")]
+        path.write_text("".join(f"{x}\n" for x in kept))
+    words = Page(write_report(copy)).words
+    assert words.count("Not recorded.") == 2
+    assert "Change of the weights" not in words
 
 
 def test_figures_take_the_colour_of_the_page(experiment: Path):
@@ -258,29 +380,86 @@ def test_figures_take_the_colour_of_the_page(experiment: Path):
     assert all(re.fullmatch(r"[a-z]\w{10,}", i) for i in identifiers)
 
 
-def test_no_effect_is_said_as_such(tmp_path: Path):
-    make_experiment(tmp_path, gain=0.0, seeds=(0,))
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (0.2, "c2al lowers test NE against baseline"),
+        (0.0, "No difference shown between c2al and baseline"),
+        (-0.4, "c2al raises test NE against baseline"),
+    ],
+)
+def test_the_words_follow_the_corrected_interval(tmp_path: Path, gain: float, said: str):
+    make_experiment(tmp_path, {"c2al": ("chosen", gain)}, seeds=(0, 1, 2))
     page = Page(write_report(tmp_path))
-    assert "No overall effect is shown" in page.words
-    assert "no difference shown: the interval contains 0" in page.words
-    assert "better: the interval" not in page.words
-    assert "One seed was run" in page.words
+    assert said in page.words
+    others = {"lowers test NE", "No difference shown", "raises test NE"} - set(re.findall("|".join(WORDS), said))
+    assert not [w for w in others if w in page.words]
 
 
-def test_harm_is_said_as_such(tmp_path: Path):
-    make_experiment(tmp_path, gain=-0.4, seeds=(0,))
+WORDS = ("lowers test NE", "No difference shown", "raises test NE")
+
+
+def test_the_words_do_not_follow_the_plain_interval(experiment: Path):
+    difference = read_evaluation(experiment / "evaluation" / "evaluation.json").overall.difference(
+        "placebo", "baseline"
+    )
+    assert difference.judgement.verdict == "no difference shown"
+    lower = dataclasses.replace(difference.estimates["ne"], interval=(-0.02, -0.01))
+    plain = dataclasses.replace(difference, estimates={**difference.estimates, "ne": lower})
+    assert sentence(plain, 0.95) == sentence(difference, 0.95)
+    assert sentence(plain, 0.95).startswith("No difference shown between placebo and baseline")
+
+
+def test_one_seed_is_said_as_such(tmp_path: Path):
+    make_experiment(tmp_path, {"c2al": ("chosen", 0.2)}, seeds=(0,))
+    assert "one seed says nothing about other seeds" in Page(write_report(tmp_path)).words
+
+
+def test_arms_that_came_to_nothing_say_why(tmp_path: Path):
+    finding = f"no pair differs beyond noise on {HOSTILE}"
+    make_experiment(tmp_path, {"other": ("random", 0.0)}, findings={"c2al": finding, "placebo": finding})
     page = Page(write_report(tmp_path))
-    assert "C2AL is worse here" in page.words
-    assert "worse: the interval lies above 0" in page.words
+    assert f"Not trained: c2al, placebo. {finding}" in page.words
+    rows = {row[0]: row for row in by_title(page, "arm", "NE_diff")}
+    assert rows["c2al"][3].startswith("not trained")
 
 
-@pytest.mark.parametrize("name", ["command.txt", "cohorts/cohorts.json", "seed_1/c2al/run/metrics.jsonl"])
+def test_without_any_arm_that_came_to_something_there_is_a_report(tmp_path: Path):
+    make_experiment(tmp_path, {}, findings={"c2al": "nothing differs"}, discovery="")
+    page = Page(write_report(tmp_path))
+    assert "Not trained: c2al. nothing differs" in page.words
+    assert "No comparison has an interval" in page.words
+
+
+def test_only_what_passes_the_correction_is_coloured(experiment: Path):
+    text = write_report(experiment).read_text()
+    evaluation = read_evaluation(experiment / "evaluation" / "evaluation.json")
+    for axis in ("tab", "degree"):
+        (svg,) = re.findall(rf'<svg role="img" aria-label="NE_diff by segment of {axis}".*?</svg>', text, re.DOTALL)
+        found = [s.difference("c2al", "baseline").judgement for s in evaluation.segments if s.axis == axis]
+        passing = {j.verdict for j in found if j and j.passes}
+        assert ("#2c9c6a" in svg) == ("lower" in passing)
+        assert ("#cf5872" in svg) == ("higher" in passing)
+
+
+def test_a_segment_that_does_not_pass_is_grey(tmp_path: Path):
+    make_experiment(tmp_path, {"c2al": ("chosen", 0.0)})
+    text = write_report(tmp_path).read_text()
+    for svg in re.findall(r'<svg role="img" aria-label="NE_diff by .*?</svg>', text, re.DOTALL):
+        assert "#2c9c6a" not in svg
+        assert "#cf5872" not in svg
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["command.txt", "cohorts-0123456789/cohorts.json", "trainings/c2al-2/seed_1/run/metrics.jsonl", "experiment.json"],
+)
 def test_a_missing_file_is_named(experiment: Path, tmp_path: Path, name: str):
     copy = tmp_path / "copy"
     shutil.copytree(experiment, copy)
     (copy / name).unlink()
     (copy / "report.html").unlink(missing_ok=True)
-    with pytest.raises(DataError, match=re.escape(name)):
+    with pytest.raises(C2ALError, match=re.escape(name)):
         write_report(copy)
     assert not (copy / "report.html").exists()
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from c2al.errors import CheckpointError
 from c2al.nn.interactions import MLPY, StaticY
-from c2al.training.diagnostics import Y_EDGES, YRecorder, gradient_split, weight_change
+from c2al.training.diagnostics import Y_EDGES, UnitRecorder, YRecorder, gramian_record, weight_change
 
 
 class Wrapper(nn.Module):
@@ -94,44 +94,35 @@ def test_weight_change_of_another_model_names_the_parameter(after: dict[str, tor
         weight_change({"a": torch.zeros(2)}, after)
 
 
-class Lookup(torch.autograd.Function):
-    """Stands for a table with a fused optimizer: its backward changes the table."""
+def test_gramian_record_by_hand():
+    gradient_TF = torch.tensor([[3.0, 4.0], [0.0, -5.0], [6.0, 8.0], [0.0, 0.0]], dtype=torch.float64)
+    got = gramian_record(("primary", "head", "tail", "off"), gradient_TF @ gradient_TF.T)
+    assert got["tasks"] == ["primary", "head", "tail", "off"]
+    assert got["norms"] == [5, 5, 10, 0]
+    # (0, -5) along (3, 4) / 5 is -4, and 3 across it.
+    assert got["parallel"] == [5, -4, 10, 0]
+    assert got["orthogonal"] == [0, 3, 0, 0]
+    assert got["cosines"] == [[1, -0.8, 1, None], [-0.8, 1, -0.8, None], [1, -0.8, 1, None], [None] * 4]
+    without = gramian_record(("primary", "head"), torch.tensor([[0.0, 0.0], [0.0, 4.0]]))
+    assert (without["parallel"], without["orthogonal"], without["cosines"][0]) == ([0, 0], [0, 2], [None, None])
 
-    @staticmethod
-    def forward(ctx, table, index):
-        ctx.table = table
-        return table[index]
 
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.table.data.add_(1.0)
-        return None, None
+def test_dead_units_by_hand():
+    class Over(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.over = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
 
+        def forward(self, x):
+            return self.over(x)
 
-def test_gradient_split_by_hand_and_without_touching_the_table():
-    table = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    pooled = Lookup.apply(table, torch.tensor([0, 1]))
-    w, unused = nn.Parameter(torch.tensor([1.0, -1.0])), nn.Parameter(torch.ones(1))
-    h = pooled @ w
-    losses = (3 * h.sum(), h[0] - h[1] + 0 * unused.sum())
-    got = gradient_split(losses, {"w": w, "pooled": pooled, "unused": unused})
-
-    # d primary / dw = 3 * (4, 6), d aux / dw = (-2, -2)
-    (at_w,) = got["w"]
-    assert at_w.primary == pytest.approx(3 * math.sqrt(52))
-    assert at_w.auxiliary == pytest.approx(math.sqrt(8))
-    assert at_w.parallel == pytest.approx(-20 / math.sqrt(52))
-    assert at_w.orthogonal == pytest.approx(math.sqrt(8 - 400 / 52))
-    assert at_w.cosine == pytest.approx(-20 / math.sqrt(52 * 8))
-    # d primary / d pooled = 3 (1, -1) in both rows, d aux = (1, -1) and (-1, 1): orthogonal
-    (at_pooled,) = got["pooled"]
-    assert (at_pooled.parallel, at_pooled.orthogonal) == (pytest.approx(0), pytest.approx(2))
-    (everywhere,) = got[""]
-    assert everywhere.parallel == pytest.approx(3 * -20 / math.sqrt(9 * 52 + 36))
-    assert everywhere.auxiliary == pytest.approx(math.sqrt(8 + 4))
-    assert got["unused"][0].cosine is None
-
-    assert torch.equal(table.data, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    assert w.grad is None
-    losses[0].backward()  # the graph is still there, and only now does the table move
-    assert torch.equal(table.data, torch.tensor([[2.0, 3.0], [4.0, 5.0]]))
+    model = Over()
+    model.over[0].weight.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    model.over[0].bias.data.zero_()
+    with UnitRecorder(model) as recorder:
+        model(torch.tensor([[1.0, -1.0], [2.0, -3.0]]))
+        assert recorder.summary() == {"1": {"units": 4, "dead": 0.75}}
+        model(torch.tensor([[-1.0, 0.0]]))
+    assert recorder.summary() == {"1": {"units": 4, "dead": 0.5}}
+    model(torch.ones(1, 2))
+    assert recorder.summary() == {"1": {"units": 4, "dead": 0.5}}, "a hook is left"

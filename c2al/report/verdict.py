@@ -1,0 +1,105 @@
+"""The verdict: its words follow the corrected interval. The same sentences stand in the report and in the terminal."""
+
+from c2al.evaluation.result import COHORT, OVERALL, Difference, Evaluation, Segment
+from c2al.report.experiment import Experiment
+from c2al.report.page import between, escaped, number
+from c2al.report.record import ArmRecord, Record
+
+FORM = "{:+.3%}"
+MOST_SENTENCES = 4
+"""Further arms that get a sentence of their own; more are counted."""
+_SAID = {
+    "lower": "{arm} lowers test NE against {against}",
+    "higher": "{arm} raises test NE against {against}",
+    "no difference shown": "No difference shown between {arm} and {against}",
+}
+
+
+def sentence(d: Difference, confidence: float) -> str:
+    """What one comparison on the whole test set came to."""
+    estimate, judgement = d.estimates["ne"], d.judgement
+    if estimate.value is None:
+        return f"NE_diff of {d.arm} against {d.against} is undefined: {estimate.reason}."
+    if judgement is None:
+        return (
+            f"{d.arm} against {d.against}: NE_diff {number(estimate.value, FORM)}, without an interval "
+            f"({estimate.reason}): no conclusion."
+        )
+    said = _SAID[judgement.verdict].format(arm=d.arm, against=d.against)
+    _, _, limits = judgement.words.partition("; ")
+    return (
+        f"{said}: NE_diff {number(estimate.value, FORM)}, corrected {confidence:.0%} interval "
+        f"{between(judgement.corrected_interval, FORM)}{f'; {limits}' if limits else ''}."
+    )
+
+
+def against(evaluation: Evaluation, arm: ArmRecord, other: ArmRecord) -> str:
+    return sentence(evaluation.overall.difference(arm.name, other.name), evaluation.confidence)
+
+
+def findings(record: Record) -> list[str]:
+    """Why arms came to nothing: one sentence per reason."""
+    reasons: dict[str, list[str]] = {}
+    for arm in record.arms:
+        if arm.finding:
+            reasons.setdefault(arm.finding, []).append(arm.name)
+    return [f"Not trained: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
+
+
+def sentences(record: Record, evaluation: Evaluation) -> list[str]:
+    """The verdict in words: main arm, against its placebo, findings, the other arms."""
+    said = []
+    if main := record.main:
+        said.append(against(evaluation, main, record.baseline))
+        if record.placebo:
+            said.append(against(evaluation, main, record.placebo))
+    said += findings(record)
+    others = [a for a in record.done if a is not main]
+    if len(others) <= MOST_SENTENCES:
+        return said + [against(evaluation, a, record.baseline) for a in others]
+    judged = [evaluation.overall.difference(a.name, record.baseline.name).judgement for a in others]
+    counts = {v: sum(j is not None and j.verdict == v for j in judged) for v in _SAID}
+    return [
+        *said,
+        f"Of {len(others)} other arms, {counts['lower']} lower test NE, {counts['higher']} raise it, and "
+        f"{counts['no difference shown']} show no difference.",
+    ]
+
+
+def section(e: Experiment) -> str:
+    lead, *rest = sentences(e.record, e.evaluation) or ["No arm was compared with the baseline."]
+    tiles = ""
+    if e.main is not None:
+        segments = [s for s in e.evaluation.segments if s.axis in (OVERALL, COHORT)]
+        tiles = f'<div class="tiles">{"".join(_tile(s, e.main.name, e.record.baseline.name) for s in segments)}</div>'
+    more = "".join(f"<li>{escaped(s)}</li>" for s in rest)
+    seeds = len(e.record.seeds)
+    return f"""<h1>{escaped(_title(e))}</h1>
+<p class="lead">{escaped(lead)}</p>
+{f"<ul>{more}</ul>" if more else ""}
+{tiles}
+<p class="soft">{e.evaluation.rows:,} test impressions, {seeds} seed{"s" * (seeds != 1)}. NE is Normalized Entropy: the
+log loss over the entropy of the average label; lower is better. NE_diff = (NE of the arm − NE of the other) / NE of the
+other. All models of a seed start from the same weights and read the same batches; auxiliary losses exist in training
+only. A placebo has cohorts of the same sizes whose users are drawn at random: what it gains does not come from the
+cohorts. The verdict holds for these impressions, this model and these settings. A synthetic world proves that an effect
+exists; it does not say that other data look like it.</p>"""
+
+
+def _title(e: Experiment) -> str:
+    if e.main is None:
+        return "The baseline, and arms that came to nothing"
+    return f"{e.main.name} against its baseline"
+
+
+def _tile(s: Segment, arm: str, baseline: str) -> str:
+    d = s.difference(arm, baseline)
+    estimate, judgement = d.estimates["ne"], d.judgement
+    verdict = judgement.verdict if judgement else estimate.reason
+    side = {"lower": "better", "higher": "worse"}.get(verdict, "")
+    name = s.name if s.axis == OVERALL else f"{s.name}: {s.detail}"
+    interval = f"corrected interval {between(judgement.corrected_interval, FORM)}" if judgement else ""
+    return (
+        f'<div class="tile"><b>{escaped(name)}</b><strong class="{side}">{number(estimate.value, FORM)}</strong>'
+        f"<span>{escaped(interval)}</span><span>{escaped(verdict)}</span></div>"
+    )
