@@ -11,6 +11,7 @@ import torch
 from stack import Columns, MergedTable
 
 from c2al.config import DataConfig
+from c2al.data.hashing import hash64
 
 ROW_GROUP = 65_536
 WORDS = 40
@@ -35,13 +36,13 @@ def table(data: DataConfig, rows: int, seed: int = 0) -> pa.Table:
             columns[feature.column] = pa.array(rng.uniform(0, 2 * feature.edges[-1] + 1, rows))
             continue
         longest = max(f.max_length for f in sharing)
-        lengths = rng.integers(1, longest + 1, rows)
+        lengths = rng.integers(1, max(longest, 1) + 1, rows)
         limit = min(f.rows for f in sharing if f.encoding != "bucketise")
         ids = (rng.random(lengths.sum()) ** 2 * limit).astype(np.int64)
         values: pa.Array = pa.array(ids)
         if all(f.encoding == "vocabulary" for f in sharing):
             values = pa.array([f"v{i}" for i in range(WORDS)]).take(pa.array(ids % WORDS))
-        if longest > 1:
+        if longest:
             values = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), values)
         columns[feature.column] = values
     for dense in data.dense:
@@ -64,13 +65,13 @@ def in_memory(data: DataConfig, merged: MergedTable, rows: tuple[int, ...], batc
 def _batches(
     data: DataConfig, impressions: pa.Table, merged: MergedTable, rows: tuple[int, ...], batch: int
 ) -> Iterator[Columns]:
-    single = all(feature.max_length == 1 for feature in data.sparse)
+    single = all(feature.max_length == 0 for feature in data.sparse)
     for start in range(0, len(impressions), batch):
         part = impressions.slice(start, batch).combine_chunks()
         dense = [_standardised(part[d.column]) for d in data.dense]
         row, bag = [], []
         for n, feature in enumerate(data.sparse):
-            values, lengths = _ids(part[feature.column], batch)
+            values, lengths = _ids(part[feature.column], batch, feature.encoding == "hash")
             row.append(values % rows[n] + int(merged.start_N[n]))
             bag.append(np.repeat(np.arange(batch), lengths) + n * batch)
         yield Columns(
@@ -88,13 +89,16 @@ def _standardised(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
     return ((values - values.mean()) / (values.std() + 1e-9)).astype(np.float32)
 
 
-def _ids(column: pa.ChunkedArray, batch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(values, how many every row has); strings and numbers become small integers."""
+def _ids(column: pa.ChunkedArray, batch: int, hashed: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(values, how many every row has); hashed as c2al hashes them, so that lookups meet the caches alike. Other
+    strings and numbers become small integers."""
     array = column.combine_chunks()
     lengths = np.ones(batch, np.int64)
     if pa.types.is_list(array.type):
         lengths = array.value_lengths().to_numpy().astype(np.int64)
         array = array.flatten()
+    if hashed:
+        return (hash64(array) >> np.uint64(1)).astype(np.int64), lengths
     if pa.types.is_string(array.type):
         array = array.dictionary_encode().indices
     return array.to_numpy(zero_copy_only=False).astype(np.int64), lengths

@@ -22,7 +22,7 @@ from c2al.data.source import open_dataset
 from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import process_group
 from c2al.serving.predict import Predictor
-from c2al.serving.reference import TrainingModel, batches, on_cpu
+from c2al.serving.reference import TrainingModel, arguments, batches, on_cpu
 from c2al.training.run_folder import open_run
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         def program(predictor: Predictor) -> int:
             for _ in range(repeats):
                 for batch in ready:
-                    predictor.program(batch.dense_BF, batch.sparse.values(), batch.sparse.lengths())
+                    predictor.program(*arguments(batch))
             return repeats * sum(batch.rows for batch in ready)
 
         def predict(predictor: Predictor) -> int:

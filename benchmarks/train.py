@@ -4,7 +4,8 @@
 
 Contenders, each round one after the other in a process of its own:
 
-c2al       `c2al train` on Parquet: reader, tables, model, metrics, checkpoint, as a user runs it
+c2al       `c2al train` with train.compile = "on", from Parquet: reader, tables, model, metrics, as a user runs it
+c2al-eager the same with train.compile = "off"
 plain      the same model function in plain PyTorch (benchmarks/stack.py): one process, batches in memory, one
            merged table, fused Adam: the practical ceiling of eager torch
 compiled   the same under torch.compile
@@ -12,9 +13,10 @@ dlrm       torchrec.models.dlrm on the same batches in memory: another model, fo
 fuxictr    not run: it has no part here yet
 
 samples/s and samples per CPU second are of the steps after --warm-up; start-up is the time from the process's
-start to the first steps' end. Medians, minima and maxima over the rounds go to benchmarks/results/train.csv,
-written after every round. --breakdown adds where a step of c2al goes, from a run of its own under
-torch.profiler (which slows it: read it as shares): results/train_breakdown.csv.
+start to the end of the warm-up, compiling included. Every process keeps freed memory, as c2al does.
+Medians, minima and maxima over the rounds go to benchmarks/results/train.csv, written after every round.
+--breakdown adds where a step of c2al goes, from a run of its own, not compiled, under torch.profiler (which slows
+it: read it as shares): results/train_breakdown.csv.
 """
 
 import argparse
@@ -39,7 +41,7 @@ from shapes import SHAPES, Shape
 
 from c2al.config import Config, replace
 
-CONTENDERS = ("c2al", "plain", "compiled", "dlrm")
+CONTENDERS = ("c2al", "c2al-eager", "plain", "compiled", "dlrm")
 MODULES = (
     "DenseArch",
     "FMAttention",
@@ -140,10 +142,14 @@ def summaries(shape: str, precision: str, results: dict[str, list[dict[str, Any]
         }
         pairs = [a / b for a, b in zip(speed, plain, strict=False)]
         row["over_plain"] = round(statistics.median(pairs), 3) if pairs else ""
+        cpu = [run["samples_per_cpu_second"] for run in runs]
+        plain_cpu = [run["samples_per_cpu_second"] for run in results.get("plain", [])]
+        pairs = [a / b for a, b in zip(cpu, plain_cpu, strict=False)]
+        row["cpu_over_plain"] = round(statistics.median(pairs), 3) if pairs else ""
         for name in ("samples_per_cpu_second", "peak_mib", "start_seconds"):
             row[name] = round(statistics.median(run[name] for run in runs), 1)
         row["data_wait_share"] = (
-            round(statistics.median(r["data_wait"] for r in runs), 4) if contender == "c2al" else ""
+            round(statistics.median(r["data_wait"] for r in runs), 4) if contender.startswith("c2al") else ""
         )
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         rows.append(row)
@@ -154,7 +160,7 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     shape, bfloat16 = SHAPES[arguments.shapes[0]](), arguments.precision[0] == "bfloat16"
     match arguments.child:
-        case "c2al":
+        case "c2al" | "c2al-eager":
             return c2al(training_config(shape, arguments), arguments.folder, arguments.warm_up)
         case "breakdown":
             return breakdown(training_config(shape, arguments), arguments.folder)
@@ -175,6 +181,7 @@ def training_config(shape: Shape, arguments: argparse.Namespace) -> Config:
             "data.validation": (),
             "data.test": (),
             "train.precision": arguments.precision[0],
+            "train.compile": "on" if arguments.child == "c2al" else "off",
             "train.epochs": 2,
             "train.max_steps": steps,
             "train.log_every": arguments.warm_up,
@@ -187,15 +194,17 @@ def training_config(shape: Shape, arguments: argparse.Namespace) -> Config:
 
 def c2al(config: Config, folder: Path, warm_up: int) -> dict[str, Any]:
     """`c2al train`, read from its metrics.jsonl. CPU time is taken when a line appears, by a thread that looks."""
-    seen: dict[int, float] = {}
+    seen: dict[int, tuple[float, float]] = {}
+    """Lines of the log -> CPU time and time when they were first seen."""
     done = threading.Event()
     start = time.perf_counter()
+    age = _age(start)
 
     def look() -> None:
         while not done.wait(0.02):
             path = folder / "metrics.jsonl"
             lines = path.read_bytes().count(b"\n") if path.exists() else 0
-            seen.setdefault(lines, time.process_time())
+            seen.setdefault(lines, (time.process_time(), time.perf_counter()))
 
     threading.Thread(target=look, daemon=True).start()
     records = run_training(config, folder)
@@ -204,14 +213,14 @@ def c2al(config: Config, folder: Path, warm_up: int) -> dict[str, Any]:
     steps = measured[-1]["step"] - records[0]["step"]
     seconds = sum(r["seconds"]["total"] for r in measured)
     last = max(line for line in seen if line <= len(records))
-    cpu = seen[last] - seen[1]
+    cpu = seen[last][0] - seen[1][0]
     counted = records[last - 1]["step"] - records[0]["step"]
     return {
         "samples_per_second": steps * config.train.batch_size / seconds,
         "samples_per_cpu_second": counted * config.train.batch_size / cpu,
         "data_wait": sum(r["seconds"].get("data", 0.0) for r in measured) / seconds,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-        "start_seconds": time.perf_counter() - start - seconds + _age(start),
+        "start_seconds": seen[1][1] - start + age,
     }
 
 

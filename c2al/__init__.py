@@ -2,7 +2,7 @@
 
 import os
 
-from c2al._caches import numba_cache_folder
+from c2al._caches import inductor_cache_folder, keep_freed_memory, numba_cache_folder
 
 __version__ = "0.1.0"
 
@@ -11,6 +11,12 @@ __version__ = "0.1.0"
 # (benchmarks/discovery.py; most on a busy machine). Read when pyarrow is loaded, hence here.
 os.environ.setdefault("MIMALLOC_PURGE_DELAY", "-1")
 
+keep_freed_memory()
+
 # Read when numba is loaded, hence here as well.
 if "NUMBA_CACHE_DIR" not in os.environ and (_folder := numba_cache_folder(os.path.dirname(__file__))):
     os.environ["NUMBA_CACHE_DIR"] = _folder
+
+# Read when torch.compile is first used.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (_folder := inductor_cache_folder()):
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _folder

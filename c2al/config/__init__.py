@@ -6,7 +6,7 @@ from c2al.config.judge import BASELINE, Arm, DiscoverConfig, EvaluateConfig, Exp
 from c2al.config.load import dump_config, load_config, parse_config, redacted_config, replace, save_config
 from c2al.config.model import ExpertsConfig, FMConfig, ModelConfig
 from c2al.config.schema import Config
-from c2al.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
+from c2al.config.train import CheckpointConfig, EarlyStoppingConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "BASELINE",
@@ -18,6 +18,7 @@ __all__ = [
     "DenseFeature",
     "DiscoverConfig",
     "DistConfig",
+    "EarlyStoppingConfig",
     "EvaluateConfig",
     "ExperimentConfig",
     "ExpertsConfig",

@@ -1,6 +1,7 @@
 """The sections that say what the impressions are: features, axes, splits."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from c2al.config.names import table_name_problem
@@ -26,13 +27,18 @@ class DenseFeature:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseFeature:
-    """One categorical column (single or list-valued) with its own embedding table."""
+    """One categorical column (single or list-valued) with its own embedding table, or with one that it shares."""
 
     column: str
     """Column with the values: integers or strings, one or a list per row."""
     name: str = ""
-    """Name of the feature and of its embedding table, which checkpoints and plans know it by; empty: the
-    column's name. A name with a dot, or one that torch uses itself (type, items, keys, values, ...), is refused."""
+    """Name of the feature; empty: the column's name. A name with a dot, or one that torch uses itself (type, items,
+    keys, values, ...), is refused."""
+    table: str = ""
+    """Name of the feature's embedding table, which checkpoints and plans know it by; empty: the feature's name.
+    Features that name one table share it. They must agree in everything that describes a table: encoding,
+    num_embeddings, edges, pooling, dim, init, init_scale and min_count. Their vocabulary and counts are fitted over
+    all their columns."""
     encoding: Literal["hash", "vocabulary", "identity", "bucketise"] = "hash"
     """hash: stable 64-bit hash modulo num_embeddings (int or string). vocabulary: index in the
     sorted set of training values, the most frequent num_embeddings - 1 of them, row 0 for unknown.
@@ -48,6 +54,19 @@ class SparseFeature:
     list is refused."""
     pooling: Literal["sum", "mean"] = "sum"
     """How the rows of a list-valued feature are combined."""
+    weights: str = ""
+    """A second list column: the weight of each value of the first, by which its row is multiplied before the sum. It
+    must be as long as the first in every row. Only with pooling = 'sum'. Empty: every value weighs 1."""
+    dim: int = 0
+    """Columns of the embedding table; 0: model.embedding_dim. Another dim is projected to it by a linear layer."""
+    init: Literal["uniform", "normal"] = "uniform"
+    """What the table's initial weights are drawn from, around 0."""
+    init_scale: float = 0.0
+    """Bound of uniform initial weights, 0: 1 / sqrt(rows); standard deviation of normal ones."""
+    min_count: int = 0
+    """Values that the training split holds fewer times share one row; 0: every value has its own. vocabulary: they are
+    left out, so they share row 0 with the unknown. hash and identity: the table has one more row, the last, for
+    them. With hash, what is counted is an embedding row, so values that collide count together."""
 
     @property
     def key(self) -> str:
@@ -55,15 +74,29 @@ class SparseFeature:
         return self.name or self.column
 
     @property
+    def table_name(self) -> str:
+        """Name of the embedding table."""
+        return self.table or self.key
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether admission goes by how often each embedding row occurs (a vocabulary counts values)."""
+        return self.min_count > 0 and self.encoding in ("hash", "identity")
+
+    @property
     def rows(self) -> int:
         """Rows of the embedding table."""
-        return len(self.edges) + 2 if self.encoding == "bucketise" else self.num_embeddings
+        if self.encoding == "bucketise":
+            return len(self.edges) + 2
+        return self.num_embeddings + self.counts_rows
 
     def problems(self) -> Problems:
         if not self.column:
             yield "column", "must not be empty"
         if problem := table_name_problem(self.key):
             yield ("name" if self.name else "column"), problem
+        if self.table and (problem := table_name_problem(self.table)):
+            yield "table", problem
         if self.encoding == "bucketise":
             if not self.edges or list(self.edges) != sorted(set(self.edges)):
                 yield "edges", f"must be strictly ascending and not empty, is {list(self.edges)}"
@@ -76,6 +109,34 @@ class SparseFeature:
                 yield "edges", f"only with encoding = 'bucketise', not '{self.encoding}'"
         if self.max_length < 0:
             yield "max_length", f"must not be negative, is {self.max_length}"
+        yield from self._table_problems()
+        yield from self._weights_problems()
+
+    def _table_problems(self) -> Problems:
+        if self.dim < 0 or self.dim % 4:
+            yield "dim", f"must be a positive multiple of 4, or 0 for model.embedding_dim, is {self.dim}"
+        if self.init_scale < 0 or not math.isfinite(self.init_scale):
+            yield "init_scale", f"must be a number from 0 on, is {self.init_scale}"
+        if self.init == "normal" and not self.init_scale:
+            yield "init_scale", "needed by init = 'normal': the standard deviation"
+        if self.min_count < 0:
+            yield "min_count", f"must not be negative, is {self.min_count}"
+        if self.min_count and self.encoding == "bucketise":
+            yield "min_count", "does not go with encoding = 'bucketise'"
+
+    def _weights_problems(self) -> Problems:
+        if not self.weights:
+            return
+        if self.encoding == "bucketise" or not self.max_length:
+            yield "weights", "needs a list-valued column: set max_length (and no encoding = 'bucketise')"
+        if self.pooling != "sum":
+            yield "weights", f"only with pooling = 'sum', not '{self.pooling}'"
+        if self.weights == self.column:
+            yield "weights", f"column '{self.column}' cannot be its own weights"
+
+
+TABLE_FIELDS = ("encoding", "num_embeddings", "edges", "pooling", "dim", "init", "init_scale", "min_count")
+"""Fields of a SparseFeature that describe its table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +217,19 @@ class DataConfig:
     prefetch: int = 4
     """Batches kept ready per rank."""
 
+    @property
+    def tables(self) -> dict[str, tuple[SparseFeature, ...]]:
+        """Embedding table -> the features that share it, both in config order."""
+        tables: dict[str, tuple[SparseFeature, ...]] = {}
+        for feature in self.sparse:
+            tables[feature.table_name] = (*tables.get(feature.table_name, ()), feature)
+        return tables
+
+    @property
+    def weighted_tables(self) -> frozenset[str]:
+        """Tables of which some feature has weights; the values of their other features weigh 1."""
+        return frozenset(f.table_name for f in self.sparse if f.weights)
+
     def problems(self) -> Problems:
         if not self.sparse:
             yield "sparse", "at least one sparse feature is needed: TorchRec shards and trains embedding tables"
@@ -168,11 +242,28 @@ class DataConfig:
         columns = [f.column for f in self.dense]
         for column in sorted({c for c in columns if columns.count(c) > 1}):
             yield "dense", f"column '{column}' is declared twice"
-        for section, used in (("dense", columns), ("sparse", [f.column for f in self.sparse])):
-            for column in sorted(set(used) & {self.label, self.row_id, self.weight}):
+        for name, features in self.tables.items():
+            for feature in features[1:]:
+                for field in TABLE_FIELDS:
+                    before, now = getattr(features[0], field), getattr(feature, field)
+                    if before != now:
+                        yield (
+                            "sparse",
+                            f"features '{features[0].key}' and '{feature.key}' share the table '{name}' and must agree "
+                            f"in {field}, which is {_shown(before)} and {_shown(now)}",
+                        )
+            if name in self.weighted_tables and features[0].pooling != "sum":
+                yield "sparse", f"table '{name}' has weights, which go with pooling = 'sum' only"
+        sparse = [column for f in self.sparse for column in (f.column, f.weights)]
+        for section, used in (("dense", columns), ("sparse", sparse)):
+            for column in sorted((set(used) & {self.label, self.row_id, self.weight}) - {""}):
                 yield section, f"column '{column}' is the label, the row id or the weight and must not be an input"
         for field in ("shards", "workers", "prefetch"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
         if self.shuffle_rows < 0:
             yield "shuffle_rows", f"must not be negative, is {self.shuffle_rows}"
+
+
+def _shown(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else repr(value)

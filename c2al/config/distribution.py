@@ -15,7 +15,7 @@ class TableConfig:
     """Sharding constraints of one embedding table."""
 
     name: str
-    """Name of the sparse feature whose table it is."""
+    """Name of the table: `table` of its sparse features, or the feature's own name."""
     sharding: tuple[Sharding, ...] = ()
     """Types the planner may choose from; empty: dist.sharding."""
     min_partition: int = 0

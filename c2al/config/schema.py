@@ -62,10 +62,15 @@ class Config:
         for name in self.discover.axes:
             if name not in names:
                 yield "discover.axes", f"unknown axis '{name}'{hint(name, names)}"
-        keys = {f.key for f in self.data.sparse}
+        tables = self.data.tables
         for i, table in enumerate(self.dist.tables):
-            if table.name not in keys:
-                yield f"dist.tables[{i}].name", f"no sparse feature is named '{table.name}'{hint(table.name, keys)}"
+            if table.name not in tables:
+                yield f"dist.tables[{i}].name", f"no embedding table is named '{table.name}'{hint(table.name, tables)}"
+        if self.train.early_stopping.patience and not self.data.validation:
+            yield (
+                "train.early_stopping.patience",
+                "goes by validation NE, but data.validation names no files",
+            )
 
     def _cross_problems(self) -> Problems:
         kinds = {axis.name: axis.kind for axis in self.axes}

@@ -73,6 +73,25 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """When training ends before its steps are done. The result of the run is then its best checkpoint."""
+
+    patience: int = 0
+    """Evaluations in a row without a better validation NE after which training ends; 0: never. Every evaluation that
+    is better is saved, and score and export take the best checkpoint."""
+    min_delta: float = 0.0
+    """By how much an NE must be below the best one to be better."""
+
+    def problems(self) -> Problems:
+        if self.patience < 0:
+            yield "patience", f"must not be negative, is {self.patience}"
+        if self.min_delta < 0 or not math.isfinite(self.min_delta):
+            yield "min_delta", f"must be a number from 0 on, is {self.min_delta}"
+        if self.min_delta and not self.patience:
+            yield "min_delta", f"is {self.min_delta} without effect: patience is 0"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: C2AL Eq. 4 over the training split."""
 
@@ -122,6 +141,13 @@ class TrainConfig:
     first gradients of every embedding row carry the base rate and fill Adagrad's sums with it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the dense part; parameters and losses stay float32."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of everything but the tables, e.g. 0.999; 0: none. Training goes on from
+    the weights themselves; evaluation, score and export use the average."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of what stands above the tables, in training steps; evaluation, scoring and export run the plain
+    lines. auto: on the CPU, where training is long enough to pay for compiling, which takes a minute once; plain
+    lines where no C++ compiler is. on: always, and an error where that fails. Both round differently."""
     log_every: int = 50
     """Steps between log lines."""
     eval_every: int = 0
@@ -134,6 +160,8 @@ class TrainConfig:
     """Learning rates and their schedule."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written and which are kept."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    """When training ends before its steps are done."""
 
     @property
     def auxiliary(self) -> bool:
@@ -165,6 +193,17 @@ class TrainConfig:
         for name, value in self.lambdas.items():
             if value < 0:
                 yield f"lambdas.{name}", f"must not be negative, is {value}"
+        if not 0 <= self.ema < 1:
+            yield "ema", f"must lie in [0, 1), is {self.ema}"
+        if self.early_stopping.patience:
+            if not self.eval_every or self.eval_every % self.accumulate:
+                yield (
+                    "eval_every",
+                    "must be a positive multiple of accumulate with early stopping, whose patience "
+                    f"counts evaluations and which saves the best; is {self.eval_every}",
+                )
+            if not self.checkpoint.keep_best:
+                yield "checkpoint.keep_best", "must be at least 1 with early stopping, whose result is the best one"
         if not 0 < self.lambda_share <= 1:
             yield "lambda_share", f"must lie in (0, 1], is {self.lambda_share}"
         yield from self._method_problems()

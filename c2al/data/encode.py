@@ -3,8 +3,6 @@
 Letters: N rows, V single values of a sparse column over the rows.
 """
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
-from c2al.data.arrow_types import canonical, category, flat, is_list, is_text
+from c2al.data.arrow_types import canonical, category, flat
 from c2al.data.cohorts import CohortSpec
-from c2al.data.hashing import hash64
-from c2al.data.rows import Floats, Ints, Jagged, Rows, gather, offsets_of
+from c2al.data.columns import SparseColumn, weighted_column
+from c2al.data.rows import Floats, Ints, Jagged, Rows, gather
 from c2al.data.statistics import Statistics
 from c2al.data.values import (
     TRANSFORMS,
@@ -25,7 +23,6 @@ from c2al.data.values import (
     identifiers,
     labels,
     refuse,
-    row_of,
     vocabulary_values,
     weights,
 )
@@ -55,7 +52,10 @@ class Encoder:
         self._data = data
         self._labelled = labelled
         self._moments = statistics.moments
-        self._vocabularies = {f.key: _vocabulary(f, statistics) for f in data.sparse if f.encoding == "vocabulary"}
+        self._vocabularies = {
+            f.table_name: _vocabulary(f, statistics) for f in data.sparse if f.encoding == "vocabulary"
+        }
+        self._admitted = {f.table_name: _admitted(f, statistics) for f in data.sparse if f.counts_rows}
         for f in data.dense:
             if "standardise" in f.transforms and f.column not in statistics.moments:
                 raise DataError(
@@ -66,7 +66,8 @@ class Encoder:
         targets = {data.label, data.weight} if labelled else set[str]()
         plain = {*targets, *self.carried_columns} - {""}
         self.columns = sorted(plain | {f.column for f in data.dense} | {f.column for f in data.sparse})
-        self.dictionary = sorted({f.column for f in data.sparse} - plain)
+        self.columns = sorted({*self.columns, *(f.weights for f in data.sparse if f.weights)})
+        self.dictionary = sorted({f.column for f in data.sparse} - plain - {f.weights for f in data.sparse})
 
     @property
     def carried_columns(self) -> tuple[str, ...]:
@@ -85,12 +86,16 @@ class Encoder:
         member_NC = np.zeros((rows, len(self._cohorts)), dtype=np.float32)
         for i, spec in enumerate(self._cohorts):
             member_NC[:, i] = spec.membership(table)
-        columns = {c: _Column.of(flat(table[c])) for c in {f.column for f in data.sparse if not f.edges}}
+        columns = {
+            c: SparseColumn.of(flat(table[c])) for c in {f.column for f in data.sparse if not f.edges and not f.weights}
+        }
         return Rows(
             dense_NF,
             tuple(
                 Jagged(buckets(flat(table[f.column]), f, where), None)
                 if f.encoding == "bucketise"
+                else self._weighted(table, f, where)
+                if f.weights
                 else self._sparse(columns[f.column], f, where)
                 for f in data.sparse
             ),
@@ -117,7 +122,7 @@ class Encoder:
         refuse(~np.isfinite(x32), x, f"'{feature.column}' after its transforms", "too large for float32", where)
         return x32
 
-    def _sparse(self, column: "_Column", feature: SparseFeature, where: str) -> Jagged:
+    def _sparse(self, column: SparseColumn, feature: SparseFeature, where: str) -> Jagged:
         """Embedding rows of every row's values, cut to the feature's max_length."""
         values_V = self._embedding_rows(column, feature, where)
         if column.bounds is None:
@@ -131,84 +136,52 @@ class Encoder:
             stops_N = np.where(column.valid_N, stops_N, starts_N)
         return gather(values_V, starts_N, stops_N)
 
-    def _embedding_rows(self, column: "_Column", feature: SparseFeature, where: str) -> Ints:
+    def _weighted(self, table: pa.Table, feature: SparseFeature, where: str) -> Jagged:
+        """The same of a feature with weights, and the weight of each value."""
+        column, weight_V = weighted_column(table[feature.column], table[feature.weights], feature, where)
+        assert column.bounds is not None
+        starts_N, stops_N = column.bounds[:-1], column.bounds[1:]
+        stops_N = np.minimum(stops_N, starts_N + feature.max_length)
+        return gather(self._embedding_rows(column, feature, where), starts_N, stops_N, weight_V)
+
+    def _embedding_rows(self, column: SparseColumn, feature: SparseFeature, where: str) -> Ints:
         """(V,) embedding row of each single value."""
-        if feature.encoding == "hash":
-            return (column.hash_V % np.uint64(feature.num_embeddings)).view(np.int64)
+        if feature.encoding != "vocabulary":
+            rows_V = column.rows_V(feature, where)
+            if not feature.counts_rows:
+                return rows_V
+            # The last row of the table is the one that rare values share.
+            return np.where(self._admitted[feature.table_name][rows_V], rows_V, feature.rows - 1)
         ends_N = None if column.bounds is None else column.bounds[1:]
-        if feature.encoding == "identity":
-            return _identity(column.leaf, feature, where, ends_N)
-        vocabulary = self._vocabularies[feature.key]
+        vocabulary = self._vocabularies[feature.table_name]
         if not pa.types.is_dictionary(column.leaf.type):
             return _look_up(vocabulary_values(column.leaf, feature.column, where, ends_N), vocabulary, feature, where)
         of_entry = _look_up(canonical(column.leaf.dictionary), vocabulary, feature, where)
         return np.asarray(of_entry[column.leaf.indices.to_numpy(zero_copy_only=False)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Column:
-    """A sparse column taken apart; features that share it share this, and its hash."""
-
-    leaf: pa.Array
-    """(V,) the single values, without nulls."""
-    bounds: Ints | None
-    """(N + 1,) row i owns values [bounds[i], bounds[i + 1]); None where every row has exactly one."""
-    is_list: bool
-    valid_N: npt.NDArray[np.bool_] | None
-    """False where a whole list is null; None: nowhere."""
-
-    @staticmethod
-    def of(array: pa.Array) -> "_Column":
-        if not is_list(array.type):
-            leaf = _by_distinct(array.drop_null() if array.null_count else array)
-            bounds = offsets_of(array.is_valid().to_numpy(zero_copy_only=False)) if array.null_count else None
-            return _Column(leaf, bounds, False, None)
-        if pa.types.is_fixed_size_list(array.type):
-            array = array.cast(pa.list_(array.type.value_type))
-        # Offsets of a sliced list count from the start of its parent, which is what `values` holds.
-        bounds = array.offsets.to_numpy().astype(np.int64, copy=False)
-        leaf = array.values.slice(bounds[0], bounds[-1] - bounds[0])
-        bounds = bounds - bounds[0]
-        if leaf.null_count:
-            bounds = offsets_of(leaf.is_valid().to_numpy(zero_copy_only=False))[bounds]
-            leaf = leaf.drop_null()
-        valid_N = array.is_valid().to_numpy(zero_copy_only=False) if array.null_count else None
-        return _Column(_by_distinct(leaf), bounds, True, valid_N)
-
-    @functools.cached_property
-    def hash_V(self) -> npt.NDArray[np.uint64]:
-        return hash64(self.leaf)
-
-
-def _by_distinct(leaf: pa.Array) -> pa.Array:
-    """Strings dictionary-encoded: each distinct one is looked at once."""
-    return leaf.dictionary_encode() if is_text(leaf.type) else leaf
-
-
-def _identity(leaf: pa.Array, feature: SparseFeature, where: str, ends_N: Ints | None) -> Ints:
-    """(V,) the integers themselves."""
-    values: npt.NDArray[np.integer] = leaf.to_numpy(zero_copy_only=False)
-    bad = (values < 0) | (values >= feature.num_embeddings)
-    if bad.any():
-        at = int(np.flatnonzero(bad)[0])
-        raise DataError(
-            f"{where}, row {row_of(at, ends_N)}: column '{feature.column}' is {values[at]}, outside "
-            f"[0, {feature.num_embeddings}) of encoding 'identity'"
-        )
-    return values.astype(np.int64)
-
-
 def _vocabulary(feature: SparseFeature, statistics: Statistics) -> pa.Array:
     """The values whose embedding rows are 1, 2, ..."""
-    if feature.key not in statistics.vocabularies:
+    if feature.table_name not in statistics.vocabularies:
         raise DataError(f"statistics: no vocabulary of sparse feature '{feature.key}'; fit them with this config")
-    values = statistics.vocabularies[feature.key]
+    values = statistics.vocabularies[feature.table_name]
     if len(values) > feature.num_embeddings - 1:
         raise DataError(
             f"statistics: the vocabulary of sparse feature '{feature.key}' has {len(values)} values, but its table of "
             f"{feature.num_embeddings} rows holds {feature.num_embeddings - 1}; fit them with this config"
         )
     return pa.array(values)
+
+
+def _admitted(feature: SparseFeature, statistics: Statistics) -> npt.NDArray[np.bool_]:
+    """(num_embeddings,) whether training held the values of each embedding row often enough."""
+    admitted = statistics.admitted_rows(feature.table_name)
+    if admitted is None or len(admitted) != feature.num_embeddings:
+        raise DataError(
+            f"statistics: no admitted rows of the table '{feature.table_name}' for {feature.num_embeddings} "
+            "embeddings; fit them with this config"
+        )
+    return admitted
 
 
 def _look_up(values: pa.Array, vocabulary: pa.Array, feature: SparseFeature, where: str) -> Ints:

@@ -95,7 +95,6 @@ class BatchReader:
 
     def _batches(self) -> Generator[Batch]:
         """Batches from start_step on, decoding one block ahead."""
-        keys = [f.key for f in self._data.sparse]
         order = self._order
         sources = [_Shard(order, self._encoder, s) for s in self._shards]
         first_block = self._start_step // order.steps_per_block
@@ -112,7 +111,7 @@ class BatchReader:
                     for step, (a, b) in order.steps_of(block):
                         if step >= self._start_step:
                             pieces = [p.slice(min(a, len(p)), min(b, len(p))) for p in parts]
-                            yield collate(pieces, keys, self._size, order.real_rows(step))
+                            yield collate(pieces, self._data, self._size, order.real_rows(step))
             finally:
                 pool.shutdown(cancel_futures=True)
 

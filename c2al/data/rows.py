@@ -5,10 +5,13 @@ Letters: N rows, F dense features, V values of a sparse feature over the rows.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from c2al.config import DataConfig
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -21,6 +24,8 @@ class Jagged:
     values_V: Ints
     offsets: Ints | None
     """(N + 1,), from 0; None where every row has exactly one value, as most features do."""
+    weights_V: Floats | None = None
+    """Weight of each value; None where every value weighs 1."""
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """(N,) values of each row."""
@@ -32,26 +37,31 @@ class Jagged:
         if self.offsets is None:
             return Jagged(self.values_V[start:stop], None)
         offsets = self.offsets[start : stop + 1]
-        return Jagged(self.values_V[offsets[0] : offsets[-1]], offsets - offsets[0])
+        own = slice(offsets[0], offsets[-1])
+        weights_V = None if self.weights_V is None else self.weights_V[own]
+        return Jagged(self.values_V[own], offsets - offsets[0], weights_V)
 
     def take(self, index_N: Ints) -> "Jagged":
         if self.offsets is None:
             return Jagged(self.values_V[index_N], None)
-        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1])
+        return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1], self.weights_V)
 
     @staticmethod
     def concat(parts: Sequence["Jagged"]) -> "Jagged":
         values_V = np.concatenate([p.values_V for p in parts])
         if all(p.offsets is None for p in parts):
             return Jagged(values_V, None)
-        return Jagged(values_V, offsets_of(np.concatenate([p.lengths() for p in parts])))
+        weights = [p.weights_V for p in parts if p.weights_V is not None]
+        offsets = offsets_of(np.concatenate([p.lengths() for p in parts]))
+        return Jagged(values_V, offsets, np.concatenate(weights) if weights else None)
 
 
-def gather(values: Ints, starts_N: Ints, stops_N: Ints) -> Jagged:
-    """Row i becomes values[starts_N[i]:stops_N[i]]."""
+def gather(values: Ints, starts_N: Ints, stops_N: Ints, weights: Floats | None = None) -> Jagged:
+    """Row i becomes values[starts_N[i]:stops_N[i]], and its weights likewise."""
     lengths = stops_N - starts_N
     offsets = offsets_of(lengths)
-    return Jagged(values[np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+    index = np.repeat(starts_N - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Jagged(values[index], offsets, None if weights is None else weights[index])
 
 
 def offsets_of(lengths_N: npt.NDArray[np.integer]) -> Ints:
@@ -112,24 +122,43 @@ class Rows:
         )
 
 
-def model_inputs(parts: Sequence[Rows], size: int) -> tuple[Floats, Ints, npt.NDArray[np.int32]]:
-    """All rows of `parts`, padded to B = size: dense_BF, and values and lengths of a KeyedJaggedTensor.
+Arrays = npt.NDArray[Any]
 
-    The values stand feature by feature in config order, and so do the lengths (features * B). A padding
-    row has zeros and empty bags. Training and serving both feed the model with this.
+
+def model_inputs(parts: Sequence[Rows], data: DataConfig, size: int) -> tuple[Arrays, ...]:
+    """All rows of `parts`, padded to B = size, as an exported program takes them.
+
+    dense_BF, then values and lengths of the features whose table has no weights, then, where there are
+    any, values, lengths and weights of the others. Both come as in a KeyedJaggedTensor: feature by feature
+    in config order. A padding row has zeros and empty bags. Training batches are made of the same arrays.
     """
-    features = len(parts[0].sparse)
-    lengths_KB = np.zeros((features, size), dtype=np.int32)
-    values = [np.zeros(0, dtype=np.int64)]
-    for key in range(features):
+    own, weighted = own_and_weighted(data)
+    dense_BF = padded([p.dense_NF for p in parts], sum(len(p) for p in parts), size)
+    bags = jagged_inputs(parts, own, size)[:2]
+    return dense_BF, *bags, *(jagged_inputs(parts, weighted, size) if weighted else ())
+
+
+def own_and_weighted(data: DataConfig) -> tuple[list[int], list[int]]:
+    """Positions of the sparse features whose table has no weights, and of the others."""
+    weighted = [i for i, f in enumerate(data.sparse) if f.table_name in data.weighted_tables]
+    return [i for i in range(len(data.sparse)) if i not in weighted], weighted
+
+
+def jagged_inputs(parts: Sequence[Rows], features: Sequence[int], size: int) -> tuple[Ints, Arrays, Floats]:
+    """Values, int32 lengths (features * B) and weights of the sparse features at these positions."""
+    lengths_KB = np.zeros((len(features), size), dtype=np.int32)
+    values, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
+    for key, feature in enumerate(features):
         at = 0
         for part in parts:
-            jagged = part.sparse[key]
+            jagged = part.sparse[feature]
             lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
             values.append(jagged.values_V)
+            # Ones that take no memory of their own.
+            ones_V = np.broadcast_to(np.float32(1), len(jagged.values_V))
+            weights.append(ones_V if jagged.weights_V is None else jagged.weights_V)
             at += len(part)
-    dense_BF = padded([p.dense_NF for p in parts], sum(len(p) for p in parts), size)
-    return dense_BF, np.concatenate(values), lengths_KB.reshape(-1)
+    return np.concatenate(values), lengths_KB.reshape(-1), np.concatenate(weights)
 
 
 def padded(parts: Sequence[Floats], real: int, size: int) -> Floats:

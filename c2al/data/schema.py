@@ -51,7 +51,23 @@ def check_columns(
     wanted.append(Requirement(data.user_id, "an integer or a string (data.user_id)", _is_id))
     if data.time:
         wanted.append(Requirement(data.time, "any scalar (data.time)", lambda kind: not pa.types.is_nested(kind)))
+    files = list(files)
     _check(files, wanted, carried)
+    _check_shared(files, data)
+
+
+def _check_shared(files: Iterable[Columns], data: DataConfig) -> None:
+    """One value must have one row in a shared table, so all its columns hold integers or all hold text."""
+    for file in files:
+        for name, features in data.tables.items():
+            kinds = {f.column: _type_of(file, f.column) for f in features if f.encoding != "bucketise"}
+            first = next(iter(kinds), "")
+            for column, kind in kinds.items():
+                if category(kind) != category(kinds[first]):
+                    raise DataError(
+                        f"{file.name}: columns '{first}' and '{column}' share the embedding table '{name}', but are "
+                        f"of types {kinds[first]} and {kind}"
+                    )
 
 
 def check_inputs(
@@ -130,6 +146,11 @@ def _sparse(feature: SparseFeature) -> list[Requirement]:
     if not feature.max_length:
         needed = f"one {what} per row {of}; say with max_length how many values of a list count"
         wanted.append(Requirement(feature.column, needed, lambda kind: not is_list(decoded(kind))))
+    if feature.weights:
+        list_of = f"a list {of}, since it has weights"
+        wanted.append(Requirement(feature.column, list_of, lambda kind: is_list(decoded(kind))))
+        numbers = f"a list of numbers (weights of sparse feature '{feature.key}')"
+        wanted.append(Requirement(feature.weights, numbers, lambda kind: is_list(kind) and is_number(leaf(kind))))
     return wanted
 
 

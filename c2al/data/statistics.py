@@ -1,16 +1,21 @@
 """What is learned of the columns from the training split: moments, vocabularies, kinds of ids."""
 
+import base64
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
-from c2al.data.arrow_types import Category, category
+from c2al.data.arrow_types import Category, category, flat
+from c2al.data.columns import SparseColumn
+from c2al.data.rows import Ints
 from c2al.data.schema import check_columns
 from c2al.data.source import File, open_dataset
 from c2al.data.values import TRANSFORMS, dense_values, leaves
@@ -49,10 +54,17 @@ class Statistics:
     moments: dict[str, Moments]
     """Of each dense column that is standardised."""
     vocabularies: dict[str, tuple[int | str, ...]]
-    """Key of a sparse feature with encoding "vocabulary" -> its values, ascending; the value at
-    position i has embedding row i + 1."""
+    """Embedding table with encoding "vocabulary" -> its values, ascending; the value at position i has
+    embedding row i + 1."""
     kinds: dict[str, Category] = dataclasses.field(default_factory=dict)
     """What each sparse column (but for bucketise) held in training: a reader refuses anything else."""
+    admitted: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Embedding table with encoding "hash" or "identity" and a min_count -> which rows training reached often
+    enough, as `packed_rows` writes them: one bit per row, so a hundred million rows take 17 MB at most."""
+
+    def admitted_rows(self, table: str) -> npt.NDArray[np.bool_] | None:
+        """(num_embeddings,) whether a row of the table is one of its own; None: no such table."""
+        return unpacked_rows(self.admitted[table]) if table in self.admitted else None
 
     def problems(self) -> Problems:
         for column, moments in self.moments.items():
@@ -62,6 +74,11 @@ class Statistics:
             one_type = len({type(v) for v in values}) <= 1
             if not one_type or list(values) != sorted(set(values)):
                 yield f"vocabularies.{key}", "is not an ascending list of integers or of strings"
+        for table, packed in self.admitted.items():
+            try:
+                unpacked_rows(packed)
+            except ValueError as e:
+                yield f"admitted.{table}", f"is no set of rows: {e}"
 
     def to_json(self) -> str:
         """Text that `from_json` reads back equal."""
@@ -72,6 +89,27 @@ class Statistics:
         """Reads what `to_json` wrote; `source` names it in the DataError anything else raises."""
         content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         return parse_state(content, source, Statistics, format=FORMAT, version=VERSION, error=DataError)
+
+
+def packed_rows(admitted_R: npt.NDArray[np.bool_]) -> str:
+    """A set of rows as text: their number, a colon, and their bits in base64 after zlib."""
+    return f"{len(admitted_R)}:{base64.b64encode(zlib.compress(np.packbits(admitted_R).tobytes())).decode()}"
+
+
+def unpacked_rows(packed: str) -> npt.NDArray[np.bool_]:
+    """(R,) what `packed_rows` packed. Raises ValueError."""
+    count, _, text = packed.partition(":")
+    rows = int(count)
+    unpacker = zlib.decompressobj()
+    try:
+        # No more is unpacked than the rows need, whatever the file claims.
+        content = unpacker.decompress(base64.b64decode(text, validate=True), max(1, -(-rows // 8)))
+        more = unpacker.decompress(unpacker.unconsumed_tail, 1)
+    except zlib.error as e:
+        raise ValueError(str(e)) from e
+    if rows < 1 or len(content) != -(-rows // 8) or more or not unpacker.eof or unpacker.unused_data:
+        raise ValueError(f"its bits are not those of {rows} rows")
+    return np.unpackbits(np.frombuffer(content, np.uint8), count=rows).astype(np.bool_)
 
 
 class Share(Protocol):
@@ -93,26 +131,34 @@ def fit_statistics(paths: Sequence[str], data: DataConfig, share: Share = alone,
     the row groups (Chan, Golub and LeVeque 1979), and counts are integers. Neither memory nor accuracy
     depends on the number of rows.
 
-    A vocabulary keeps the num_embeddings - 1 most frequent values; of equally frequent ones the
-    smaller. Raises DataError as reading does.
+    A vocabulary keeps the num_embeddings - 1 most frequent values that occur at least min_count times; of
+    equally frequent ones the smaller. Admission to a hashed table counts rows, in 8 bytes each on every
+    rank. A value counts wherever it stands in a list, max_length aside. Raises DataError as reading does.
     """
     files = open_dataset(paths)
     check_columns(files, data)
-    columns = sorted({f.column for f in _standardised(data)} | {f.column for f in _vocabularies(data)})
+    sparse = [*_vocabularies(data), *_counted(data)]
+    columns = sorted({f.column for f in _standardised(data)} | {f.column for f in sparse})
     groups = [(file, i) for file in files for i, rows in enumerate(file.row_group_rows) if rows and columns]
     scanned = share(range(parts), lambda part: _scan(groups[part::parts], columns, data))
     spreads: dict[str, Spread] = {}
     for i in range(len(groups)):
         for column, of_group in scanned[i % parts].spreads[i // parts].items():
             spreads[column] = spreads[column].merged(of_group) if column in spreads else of_group
-    counts = {f.key: _Counts() for f in _vocabularies(data)}
+    counts = {f.table_name: _Counts() for f in _vocabularies(data)}
     for part in scanned:
         for key, table in part.counts.items():
             counts[key].add_table(table)
+    reached = {f.table_name: sum(part.reached[f.table_name] for part in scanned) for f in _counted(data)}
     return Statistics(
         moments={column: spread.moments(column) for column, spread in sorted(spreads.items())},
-        vocabularies={f.key: counts[f.key].top(f.num_embeddings - 1) for f in _vocabularies(data)},
+        vocabularies={
+            f.table_name: counts[f.table_name].top(f.num_embeddings - 1, f.min_count) for f in _vocabularies(data)
+        },
         kinds=_kinds(files[0].schema, data),
+        admitted={
+            f.table_name: packed_rows(np.greater_equal(reached[f.table_name], f.min_count)) for f in _counted(data)
+        },
     )
 
 
@@ -171,13 +217,16 @@ class _Scanned:
     spreads: list[dict[str, Spread]]
     """Dense column -> spread, for each row group of the part."""
     counts: dict[str, pa.Table]
-    """Key of a sparse feature -> (value, count) over the part."""
+    """Table with a vocabulary -> (value, count) over the part."""
+    reached: dict[str, Ints]
+    """Table with counted rows -> how often the part reaches each row."""
 
 
 def _scan(groups: Sequence[tuple[File, int]], columns: Sequence[str], data: DataConfig) -> _Scanned:
     """Reads the row groups (file, index), none of them empty."""
     spreads: list[dict[str, Spread]] = []
-    counts = {f.key: _Counts() for f in _vocabularies(data)}
+    counts = {f.table_name: _Counts() for f in _vocabularies(data)}
+    reached = {f.table_name: np.zeros(f.num_embeddings, dtype=np.int64) for f in _counted(data)}
     for file, group in groups:
         table = file.read(group, columns)
         of_group = {}
@@ -188,8 +237,12 @@ def _scan(groups: Sequence[tuple[File, int]], columns: Sequence[str], data: Data
             of_group[feature.column] = Spread.of(x)
         spreads.append(of_group)
         for sparse in _vocabularies(data):
-            counts[sparse.key].add(leaves(table[sparse.column], sparse.column, file.where(group)))
-    return _Scanned(spreads, {key: total for key, c in counts.items() if (total := c.total()) is not None})
+            counts[sparse.table_name].add(leaves(table[sparse.column], sparse.column, file.where(group)))
+        for sparse in _counted(data):
+            rows_V = SparseColumn.of(flat(table[sparse.column])).rows_V(sparse, file.where(group))
+            reached[sparse.table_name] += np.bincount(rows_V, minlength=sparse.num_embeddings)
+    totals = {key: total for key, c in counts.items() if (total := c.total()) is not None}
+    return _Scanned(spreads, totals, reached)
 
 
 def _standardised(data: DataConfig) -> list[DenseFeature]:
@@ -198,6 +251,11 @@ def _standardised(data: DataConfig) -> list[DenseFeature]:
 
 def _vocabularies(data: DataConfig) -> list[SparseFeature]:
     return [f for f in data.sparse if f.encoding == "vocabulary"]
+
+
+def _counted(data: DataConfig) -> list[SparseFeature]:
+    """Features whose table admits the rows that training reaches often enough."""
+    return [f for f in data.sparse if f.counts_rows]
 
 
 class _Counts:
@@ -224,9 +282,10 @@ class _Counts:
         total = pa.concat_tables(self._tables).group_by("value").aggregate([("count", "sum")])
         return total.rename_columns({"count_sum": "count"})
 
-    def top(self, size: int) -> tuple[int | str, ...]:
-        """The `size` most frequent values, ascending; of equally frequent ones the smaller."""
+    def top(self, size: int, least: int = 0) -> tuple[int | str, ...]:
+        """The `size` most frequent values seen `least` times, ascending; of equally frequent ones the smaller."""
         if not self._tables:
             return ()
-        total = self._summed().sort_by([("count", "descending"), ("value", "ascending")])
+        total = self._summed().filter(pc.field("count") >= least)
+        total = total.sort_by([("count", "descending"), ("value", "ascending")])
         return tuple(sorted(total["value"].slice(0, size).to_pylist()))

@@ -8,11 +8,16 @@ A table that is split by columns keeps one m per row and column block, and the m
 of that block. Another number of column blocks therefore trains other weights; another number of ranks
 does not.
 
+Of the dense weights an exponential moving average may be kept, which training itself does not use.
+
 A fused table is updated by every backward. Where batches are accumulated before a step, a data_parallel
 table is updated once, by their summed gradient, like the dense part.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -43,7 +48,7 @@ class Optimizer:
     at construction, after a load, and at the end of step t - 1.
     """
 
-    def __init__(self, dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int):
+    def __init__(self, dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int, ema: float = 0.0):
         self._config, self._total_steps, self._fused = config, total_steps, dmp.fused_optimizer
         tables = local_tables(dmp)
         # The dense kernel of data_parallel tables has no optimizer of its own, and Adam would train
@@ -59,16 +64,25 @@ class Optimizer:
         }
         kind = torch.optim.AdamW if config.dense == "adamw" else torch.optim.Adam
         self._adam = kind(
-            list(self._dense.values()), lr=config.dense_lr, betas=config.betas, weight_decay=config.weight_decay
+            list(self._dense.values()),
+            lr=config.dense_lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         # Adam makes its state at the first step. A checkpoint that is loaded before that step would be
         # dropped without a word.
         for p in self._dense.values():
             self._adam.state[p] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
                 "exp_avg_sq": torch.zeros_like(p),
             }
+        self._ema = ema
+        self.averages = {n: p.detach().clone() for n, p in self._dense.items()} if ema else {}
+        """Moving average of every dense parameter, live; none where there is no `ema`."""
+        self.averaged = 0
+        """Updates of the averages."""
         self.steps = 0
         self._schedule()
 
@@ -97,6 +111,8 @@ class Optimizer:
         for name, block in self._replicated.items():
             if block.grad_RD is not None:
                 self._row_wise_adagrad(block.weight_RD, block.grad_RD, self.replicated_moments[name])
+        if self.averages:
+            self._average()
         self.steps += 1
         self._schedule()
 
@@ -104,13 +120,49 @@ class Optimizer:
         """Adam's live state tensors, named PARAMETER.step, .exp_avg and .exp_avg_sq."""
         return {f"{name}.{key}": value for name, p in self._dense.items() for key, value in self._adam.state[p].items()}
 
+    @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Sets the averages to the weights, as at construction."""
+        for name, average in self.averages.items():
+            average.copy_(self._dense[name])
+        self.averaged = 0
+
+    @contextlib.contextmanager
+    def averages_in_place(self) -> Iterator[None]:
+        """The model has the averages for its dense weights; without `ema` it is left as it is."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
     def state_dict(self) -> dict[str, int]:
-        """What is neither in `dense_state`, `replicated_moments` nor in the tables' fused state."""
-        return {"steps": self.steps}
+        """What is neither in `dense_state`, `averages`, `replicated_moments` nor in the tables' fused state."""
+        return {"steps": self.steps} | ({"averaged": self.averaged} if self.averages else {})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.steps = state["steps"]
+        self.averaged = state.get("averaged", 0)
         self._schedule()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, average in self.averages.items():
+            weight = self._dense[name].detach().clone()
+            self._dense[name].copy_(average)
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """average += (1 - decay) * (weight - average).
+
+        The decay rises to `ema` as (1 + n) / (10 + n) at update n, or the initial weights would weigh in a
+        short run for as long as the average looks back.
+        """
+        decay = min(self._ema, (1 + self.averaged) / (10 + self.averaged))
+        averages, weights = list(self.averages.values()), [self._dense[name] for name in self.averages]
+        torch._foreach_lerp_(averages, cast(list[torch.Tensor], weights), 1 - decay)
+        self.averaged += 1
 
     def _schedule(self) -> None:
         sparse, dense = self.learning_rates
@@ -132,6 +184,11 @@ class Optimizer:
         weight_RD -= torch.where(touched_R, rate_R, 0.0)[:, None] * grad_RD
 
 
-def make_optimizer(dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """Optimizer of a model that `shard_model` made; `total_steps` is where the schedule ends."""
-    return Optimizer(dmp, config, total_steps)
+def make_optimizer(
+    dmp: DistributedModelParallel, config: OptimizerConfig, total_steps: int, ema: float = 0.0
+) -> Optimizer:
+    """Optimizer of a model that `shard_model` made; `total_steps` is where the schedule ends.
+
+    `ema` is the decay of the moving average of the dense weights; 0: none.
+    """
+    return Optimizer(dmp, config, total_steps, ema)

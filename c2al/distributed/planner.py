@@ -60,11 +60,17 @@ def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
         kinds = list(wanted.sharding if wanted and wanted.sharding else config.dist.sharding)
         if embedding.pooling is PoolingType.MEAN and len(kinds) > 1:
             kinds = [k for k in kinds if k != GRID]  # see _validate
+        if world.size == 1 and "table_wise" in kinds:
+            # Rated alike by the planner, but rows that are split among one rank are sorted into its one bucket.
+            kinds = [k for k in kinds if k not in ROW_SPLIT]
         constraints[table] = ParameterConstraints(
             sharding_types=kinds,
             compute_kernels=sorted({kernel_of(k) for k in kinds}),
             min_partition=(wanted.min_partition or None) if wanted else None,
-            pooling_factors=[float(features[table].max_length)] if table in features else [1.0],
+            # Of each feature that shares the table.
+            pooling_factors=[
+                float(max(features[f].max_length, 1)) if f in features else 1.0 for f in embedding.feature_names
+            ],
         )
     cuda = world.device.type == "cuda"
     hbm = config.dist.hbm_gib * GIB

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import placement
@@ -32,6 +33,7 @@ from c2al.config import Config, DistConfig
 from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, read_plan, write_plan
 from c2al.distributed.planner import Sharder, choose_plan, kernel_of
 from c2al.distributed.process import World
+from c2al.distributed.table_update import update_on_host
 from c2al.distributed.tables import collections_of, initialise, plan_of, sharded_configs, tables_of
 from c2al.errors import PlanError
 from c2al.text import table as text_table
@@ -51,7 +53,7 @@ def shard_model(
     on stderr says so. It is for readers of a trained model, whose predictions no placement changes.
 
     Raises PlanError, with one message on every rank, when no plan fits, a plan file does not suit
-    the model and the ranks, a table is weighted, or a quantized communication is asked for that
+    the model and the ranks, a weighted table pools by mean, or a quantized communication is asked for that
     this stack would silently replace.
     """
     tables = tables_of(model)
@@ -89,8 +91,29 @@ def shard_model(
         plan=_torchrec_plan(model, plan, world),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
     )
-    initialise(dmp, tables, config.seed)
+    _correct_mean_pooling(dmp, plan)
+    normal = {f.table_name: f.init_scale for f in config.data.sparse if f.init == "normal"}
+    initialise(dmp, tables, config.seed, normal)
+    if world.device.type == "cpu":
+        update_on_host(dmp)
     return dmp
+
+
+def _correct_mean_pooling(dmp: DistributedModelParallel, plan: Plan) -> None:
+    """Makes TorchRec divide by the lengths of the bags only where it has pooled a mean as a sum.
+
+    It pools a table split by rows by sum, and divides afterwards when the table pools by mean. Where a
+    collection has such a table, TorchRec also divides the features of every table that is not split by rows:
+    a sum becomes a mean, and a mean is divided twice.
+    """
+    for module in dmp.module.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            module._pooling_type_to_rs_features[PoolingType.SUM.value] = [
+                feature
+                for table in module._embedding_bag_configs
+                if table.pooling is PoolingType.SUM or plan[table.name].sharding not in ROW_SPLIT
+                for feature in table.feature_names
+            ]
 
 
 def save_plan(dmp: DistributedModelParallel, path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag, BatchedFusedEmbeddingBag
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from c2al.distributed.placement import DATA_PARALLEL, Placement
@@ -113,10 +113,17 @@ def plan_of(dmp: DistributedModelParallel) -> dict[str, Placement]:
 
 
 @torch.no_grad()
-def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagConfig], seed: int) -> None:
-    """Draws the weights of every local block: uniform between the bounds of the table's config.
+def initialise(
+    dmp: DistributedModelParallel,
+    tables: Mapping[str, EmbeddingBagConfig],
+    seed: int,
+    normal: Mapping[str, float] | None = None,
+) -> None:
+    """Draws the weights of every local block.
 
-    A weight is a function of (seed, table, row, column), whatever the plan.
+    They are uniform between the bounds of the table's config, or, of a table that `normal` names, normal
+    with mean 0 and that standard deviation. A weight is a function of (seed, table, row, column), whatever
+    the plan.
     """
     for table in local_tables(dmp):
         name = table.name.split(".")[-2]
@@ -128,7 +135,10 @@ def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagC
                 digest = hashlib.sha256(f"c2al table {seed}/{name}/{chunk}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
                 values_RD = torch.empty(min(INIT_ROWS, table.rows - start), table.dim)
-                values_RD.uniform_(low, high, generator=generator)
+                if normal and name in normal:
+                    values_RD.normal_(0.0, normal[name], generator=generator)
+                else:
+                    values_RD.uniform_(low, high, generator=generator)
                 first, last = max(start, block.row), min(start + len(values_RD), block.row + height)
                 block.weight_RD[first - block.row : last - block.row].copy_(
                     values_RD[first - start : last - start, block.column : block.column + width]
@@ -136,12 +146,15 @@ def initialise(dmp: DistributedModelParallel, tables: Mapping[str, EmbeddingBagC
 
 
 def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:
-    """Path and module of every embedding bag collection before sharding. Raises PlanError for a weighted one."""
+    """Path and module of every embedding bag collection before sharding.
+
+    Raises PlanError for a weighted one with a table that pools by mean, whose weights would be ignored.
+    """
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, EmbeddingBagCollection)]
     for path, ebc in found:
-        if ebc.is_weighted():
-            # It would accept a batch without weights and pool with garbage.
-            raise PlanError(f"{path}: a weighted EmbeddingBagCollection is not supported; batches carry no id weights")
+        for table in ebc.embedding_bag_configs() if ebc.is_weighted() else ():
+            if table.pooling is not PoolingType.SUM:
+                raise PlanError(f"{path}: table '{table.name}' has weights, which go with pooling by sum only")
     return found
 
 

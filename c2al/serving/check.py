@@ -143,7 +143,7 @@ def _costs(models: dict[str, Predictor], files: Sequence[File], rounds: int) -> 
     rows.append(_compared("FLOPs per row", [flops[name] for name in names], "{:,.0f}"))
     for batch in BATCHES:
         tables = {name: _sample(p, files, batch) for name, p in models.items()}
-        encoded = {name: model_inputs([p.encode(tables[name])], batch) for name, p in models.items()}
+        encoded = {name: model_inputs([p.encode(tables[name])], p.schema.data, batch) for name, p in models.items()}
         inputs = {name: tuple(torch.from_numpy(a) for a in arrays) for name, arrays in encoded.items()}
         with torch.no_grad():
             program = {n: functools.partial(p.program, *inputs[n]) for n, p in models.items()}
@@ -179,7 +179,7 @@ def _sample(predictor: Predictor, files: Sequence[File], rows: int) -> pa.Table:
 def _flops(predictor: Predictor, files: Sequence[File]) -> float:
     """Of the matrix products, per row."""
     batch = BATCHES[-1]
-    arrays = model_inputs([predictor.encode(_sample(predictor, files, batch))], batch)
+    arrays = model_inputs([predictor.encode(_sample(predictor, files, batch))], predictor.schema.data, batch)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         predictor.program(*(torch.from_numpy(a) for a in arrays))

@@ -5,6 +5,7 @@ The folder and its files are described in `c2al.serving.artifact`. A run is read
 
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from c2al.serving.artifact import (
 from c2al.serving.held_out import Digest, Sums
 from c2al.serving.predict import Program, load_program
 from c2al.serving.program import Int8Serving, Serving, save_compiled, save_program, traced
-from c2al.serving.reference import TrainingModel, batches, on_cpu
+from c2al.serving.reference import TrainingModel, arguments, batches, on_cpu
 from c2al.state import write_state
 from c2al.training.model import AUXILIARY_PREFIX, C2ALModel
 from c2al.training.run_folder import Run, open_run
@@ -118,7 +119,12 @@ def _load(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[s
         loaded = load_unsharded(path).items()
         return path, {n.removeprefix(TASK_PREFIX): t for n, t in loaded if n.startswith(TASK_PREFIX)}, training
 
-    return load(checkpoint) if checkpoint else CheckpointReader(run.checkpoints, world).with_newest(load)
+    if checkpoint is not None:
+        return load(checkpoint)
+    loaded = CheckpointReader(run.checkpoints, world).with_newest(load, best=run.result_is_best)
+    if run.result_is_best:
+        print(f"exporting {loaded[0]}, the best checkpoint, since the run stops early", file=sys.stderr)
+    return loaded
 
 
 def _model(run: Run, state: dict[str, torch.Tensor], path: Path) -> C2ALModel:
@@ -174,8 +180,7 @@ def _prove(
             expected_N = training.predict(batch)[:real]
             label_N, weight_N = batch.label_B[:real].numpy(), batch.weight_B[:real].numpy()
             for variant, program in programs.items():
-                arguments = batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
-                sums[variant].update(program(*arguments)[:real].numpy(), expected_N, label_N, weight_N)
+                sums[variant].update(program(*arguments(batch))[:real].numpy(), expected_N, label_N, weight_N)
             if not sums["float"].bit_equal:
                 raise CheckpointError(
                     f"{checkpoint}: the artifact differs from the training model's primary prediction head by up to "

@@ -26,8 +26,8 @@ from c2al.errors import ConfigError, DataError, StateError
 from c2al.files import new_folder, output_errors
 from c2al.serving.artifact import Schema, default_column, read_artifact
 
-Program = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(dense_BF, values, lengths) -> prediction_B."""
+Program = Callable[..., Tensor]
+"""(dense_BF, values, lengths) -> prediction_B; with weighted features also their values, lengths and weights."""
 AHEAD = 4
 """Steps that are read and encoded while the model computes."""
 PREDICTION = "prediction"
@@ -92,9 +92,9 @@ class Predictor:
         if not len(rows):
             # A program compiled by AOTInductor ends the process on an empty step.
             return np.zeros(0, np.float32)
-        dense_BF, values, lengths = (torch.from_numpy(a) for a in model_inputs([rows], size))
+        arguments = (torch.from_numpy(a) for a in model_inputs([rows], self.schema.data, size))
         with torch.no_grad():
-            prediction: npt.NDArray[np.float32] = self.program(dense_BF, values, lengths)[: len(rows)].numpy()
+            prediction: npt.NDArray[np.float32] = self.program(*arguments)[: len(rows)].numpy()
         return prediction
 
     def _missing(self, schema: pa.Schema) -> list[str]:

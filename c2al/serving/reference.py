@@ -40,6 +40,14 @@ class TrainingModel:
         return prediction
 
 
+def arguments(batch: Batch) -> tuple[torch.Tensor, ...]:
+    """What an exported program takes of a batch."""
+    own = batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
+    if batch.weighted is None:
+        return own
+    return *own, batch.weighted.values(), batch.weighted.lengths(), batch.weighted.weights()
+
+
 def batches(config: Config, run: Run, data: Sequence[str]) -> BatchReader:
     """Held-out rows in order, in the steps that `c2al score` takes in one process."""
     size, seed = config.train.batch_size, config.seed
@@ -57,9 +65,10 @@ def batches(config: Config, run: Run, data: Sequence[str]) -> BatchReader:
 
 
 def predictions(run_path: Path, data: Sequence[str], world: World) -> npt.NDArray[np.float32]:
-    """Of the newest checkpoint of a run, for every row of `data` in order. Raises as `c2al score` does."""
+    """Of the checkpoint that is the result of a run, for every row of `data` in order. Raises as `c2al score` does."""
     run = on_cpu(open_run(run_path))
-    model = CheckpointReader(run.checkpoints, world).with_newest(lambda path: TrainingModel(run, path, world))
+    reader = CheckpointReader(run.checkpoints, world)
+    model = reader.with_newest(lambda path: TrainingModel(run, path, world), best=run.result_is_best)
 
     def each() -> Iterator[npt.NDArray[np.float32]]:
         for batch in batches(run.config, run, data):

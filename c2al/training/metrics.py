@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from c2al.bins import BINS, LIMIT
 from c2al.ne import normalized_entropy
 
-BINS = 1024
-"""Bins of the AUC histogram, equally wide in logit over [-LIMIT, LIMIT]; the outer ones are open."""
-LIMIT = 16.0
 ALL = "all"
 """Name of the cohort that holds every row."""
 

@@ -4,7 +4,7 @@ Letters: B batch, F dense features, N fields (dense tokens, then sparse features
 D embedding dim, C auxiliary cohorts, T = 1 + C tasks, the primary one first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from c2al.config import Config
+from c2al.config import Config, SparseFeature
 from c2al.data.batch import Batch
 from c2al.nn.combine import Combine
 from c2al.nn.dense import DenseArch
@@ -28,13 +28,13 @@ AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.", "over.he
 class OverArch(nn.Module):
     """Everything above the embedding tables.
 
-    Takes dense_BF, the summed embeddings and the lengths of the bags, returns logit_BT in float32. With
-    `serving` T = 1, and there is only what the primary task needs; its parameters are those of training
-    without AUXILIARY_PREFIX.
+    Takes dense_BF, the summed embeddings and the lengths of the bags without weights, returns logit_BT in
+    float32. With `serving` T = 1, and there is only what the primary task needs; its parameters are those of
+    training without AUXILIARY_PREFIX.
 
     It makes the means of mean-pooled features itself. torchrec's own mean of a table that is split by rows
-    divides every feature of the model by (length + 1e-6), the sums among them, so that predictions would
-    depend on the sharding plan.
+    divides by (length + 1e-6), and every other feature by (1 + 1e-6), so that predictions would depend on the
+    sharding plan, and a program without torchrec could not give them.
 
     model.wide adds w . [dense; vec(pooled)] to the primary logit (Wide & Deep, Cheng et al. 2016). A feature's
     weight times an id's embedding is one number per id, so the wide part needs no tables of its own. The
@@ -46,13 +46,29 @@ class OverArch(nn.Module):
         model, data = config.model, config.data
         self.keys = [feature.key for feature in data.sparse]
         self.dim = model.embedding_dim
-        self.means = [i for i, feature in enumerate(data.sparse) if feature.pooling == "mean"]
+        self.dims = {name: features[0].dim or self.dim for name, features in data.tables.items()}
+        """Columns of each table."""
+        self.tables = {name: [f.key for f in features] for name, features in data.tables.items()}
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(dim, self.dim, bias=False) for name, dim in self.dims.items() if dim != self.dim}
+        )
+        own = [f for f in data.sparse if f.table_name not in data.weighted_tables]
+        self.bags = len(own)
+        """Features without weights."""
+        self.means = [(i, self.keys.index(f.key)) for i, f in enumerate(own) if f.pooling == "mean"]
+        """Positions of the mean-pooled features, among those without weights and among all."""
+        plain = [key for name, keys in self.tables.items() if name not in self.projections for key in keys]
+        self.groups = [("", plain)] if plain else []
+        """(projection or none, keys): a group holds tables of one dim, so that it can be taken apart into features."""
+        self.groups += [(name, self.tables[name]) for name in self.projections]
         self.autocast = config.train.precision == "bfloat16"
         self.dense_arch = (
             DenseArch(len(data.dense), list(model.dense_hidden), model.dense_tokens, self.dim) if data.dense else None
         )
         fields = len(self.keys) + (model.dense_tokens if data.dense else 0)
         self.dhen = DHEN(model, fields)
+        self.compiled: Callable[[Tensor, Tensor | None], Tensor] | None = None
+        """What runs in place of `interact` in training, see c2al.training.compilation."""
         self.encoder = encoder_of(model, self.dhen.out_fields * self.dim)
         inputs = len(data.dense) + len(self.keys) * self.dim
         self.wide = nn.Linear(inputs, 1, bias=False) if model.wide else None
@@ -64,40 +80,64 @@ class OverArch(nn.Module):
         self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden, combine)
         self.encoder.add_auxiliary(cohorts, serving)
 
-    def forward(self, dense_BF: Tensor, pooled: KeyedTensor | None, lengths: Tensor | None = None) -> Tensor:
-        if pooled is None:
-            return self.logits(dense_BF, None)
-        # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
-        (values_BX,) = KeyedTensor.regroup([pooled], [self.keys])
-        return self.logits(dense_BF, values_BX.view(-1, len(self.keys), self.dim), lengths)
+    def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor], lengths: Tensor | None = None) -> Tensor:
+        return self.logits(dense_BF, self._embeddings(pooled, lengths) if pooled else None)
 
-    def logits(self, dense_BF: Tensor, sum_BND: Tensor | None, lengths: Tensor | None = None) -> Tensor:
-        """logit_BT of the sums of embeddings, N of them in config order.
+    def interact(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
+        """What the DHEN layers put out, flattened: (B, out_fields * D)."""
+        tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
+        if pooled_BND is not None:
+            tokens.append(pooled_BND.to(tokens[0].dtype if tokens else None))
+        x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
+        fields_BLD: Tensor = self.dhen(x_BND)
+        return fields_BLD.flatten(1)
 
-        `lengths` (N * B) says how many embeddings each is the sum of; without it nothing is divided.
-        """
-        if sum_BND is not None and lengths is not None and self.means:
-            length_NB = lengths.view(len(self.keys), -1)
-            divisor_NB = torch.ones_like(length_NB, dtype=torch.float32)
-            for i in self.means:
-                divisor_NB[i] = length_NB[i].clamp(min=1)
-            sum_BND = sum_BND / divisor_NB.T[:, :, None]
+    def logits(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
+        """logit_BT of the pooled embeddings, N of them in config order."""
+        interact = self.compiled if self.compiled and self.training else self.interact
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.autocast):
-            tokens = [] if self.dense_arch is None else [self.dense_arch(dense_BF)]
-            if sum_BND is not None:
-                tokens.append(sum_BND.to(tokens[0].dtype if tokens else None))
-            x_BND = tokens[0] if len(tokens) == 1 else torch.cat(tokens, dim=1)
-            logit_BT: Tensor = self.heads(self.encoder(self.dhen(x_BND).flatten(1)))
+            logit_BT: Tensor = self.heads(self.encoder(interact(dense_BF, pooled_BND)))
             if self.wide is not None:
-                inputs = [dense_BF] if sum_BND is None else [dense_BF, sum_BND.flatten(1)]
+                inputs = [dense_BF] if pooled_BND is None else [dense_BF, pooled_BND.flatten(1)]
                 wide_B1 = self.wide(torch.cat(inputs, dim=1))
                 logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
+
+    def _embeddings(self, pooled: Sequence[KeyedTensor], lengths: Tensor | None) -> Tensor:
+        """The pooled embeddings of all features in config order, each projected to D columns."""
+        # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
+        parts = KeyedTensor.regroup(list(pooled), [keys for _, keys in self.groups])
+        sums = [v.view(v.shape[0], len(keys), -1) for v, (_, keys) in zip(parts, self.groups, strict=True)]
+        return self.embeddings(sums, lengths)
+
+    def embeddings(self, sums: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
+        """The embeddings of all features (B, N, D) in config order, projected, and divided where they are means.
+
+        `sums` has for each of `groups` the sums of embeddings (B, keys, dim). `lengths` has for each feature
+        without weights, in config order, and each row of B how many embeddings the sum is of; without it
+        nothing is divided.
+        """
+        of_key: dict[str, Tensor] = {}
+        for (name, keys), sum_BNE in zip(self.groups, sums, strict=True):
+            own_BND = self.projections[name](sum_BNE) if name else sum_BNE
+            of_key |= dict(zip(keys, own_BND.unbind(1), strict=True))
+        if len(self.groups) == 1 and not self.projections and self.groups[0][1] == self.keys:
+            sum_BND = sums[0]
+        else:
+            sum_BND = torch.stack([of_key[key] for key in self.keys], dim=1)
+        if lengths is None or not self.means:
+            return sum_BND
+        length_NB = lengths.view(self.bags, -1)
+        divisor_NB = torch.ones(len(self.keys), length_NB.shape[1], device=sum_BND.device)
+        for own, position in self.means:
+            divisor_NB[position] = length_NB[own].clamp(min=1)
+        return sum_BND / divisor_NB.T[:, :, None]
 
 
 class C2ALModel(nn.Module):
     """Sparse and dense features -> logit_BT.
 
+    `sparse` holds the features whose tables have no weights, `weighted` the others, as a Batch does.
     `cohorts` auxiliary prediction heads of C2AL stand beside the primary one: T = 1 + cohorts. `serving`
     leaves out what the primary task does not need: T = 1.
     Embedding tables are made on `table_device`; "meta" leaves them for the sharder to fill.
@@ -105,29 +145,40 @@ class C2ALModel(nn.Module):
 
     def __init__(self, config: Config, cohorts: int = 0, table_device: str = "meta", *, serving: bool = False) -> None:
         super().__init__()
-        self.ebc = (
-            EmbeddingBagCollection(
-                device=torch.device(table_device),
-                tables=[
-                    EmbeddingBagConfig(
-                        name=f.key,
-                        num_embeddings=f.rows,
-                        embedding_dim=config.model.embedding_dim,
-                        feature_names=[f.key],
-                        pooling=PoolingType.SUM,  # OverArch makes the means
-                    )
-                    for f in config.data.sparse
-                ],
-            )
-            if config.data.sparse
-            else None
-        )
+        weighted = config.data.weighted_tables
+        tables = [_table(name, features, config) for name, features in config.data.tables.items()]
+        self.ebc = _collection([t for t in tables if t.name not in weighted], table_device)
+        self.weighted_ebc = _collection([t for t in tables if t.name in weighted], table_device, weighted=True)
         self.over = OverArch(config, cohorts, serving)
 
-    def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
-        pooled = None if self.ebc is None else self.ebc(sparse)
+    def forward(self, dense_BF: Tensor, sparse: KeyedJaggedTensor, weighted: KeyedJaggedTensor | None = None) -> Tensor:
+        pooled = [] if self.ebc is None else [self.ebc(sparse)]
+        if self.weighted_ebc is not None:
+            pooled.append(self.weighted_ebc(weighted))
         logit_BT: Tensor = self.over(dense_BF, pooled, sparse.lengths())
         return logit_BT
+
+
+def _table(name: str, features: Sequence[SparseFeature], config: Config) -> EmbeddingBagConfig:
+    """The table that `features`, which agree in all that describes it, share."""
+    feature = features[0]
+    bound = feature.init_scale if feature.init == "uniform" and feature.init_scale else None
+    return EmbeddingBagConfig(
+        name=name,
+        num_embeddings=feature.rows,
+        embedding_dim=feature.dim or config.model.embedding_dim,
+        feature_names=[f.key for f in features],
+        pooling=PoolingType.SUM,  # OverArch makes the means
+        weight_init_min=None if bound is None else -bound,
+        weight_init_max=bound,
+    )
+
+
+def _collection(tables: list[EmbeddingBagConfig], device: str, weighted: bool = False) -> EmbeddingBagCollection | None:
+    """The collection of the tables; None without any."""
+    if not tables:
+        return None
+    return EmbeddingBagCollection(device=torch.device(device), tables=tables, is_weighted=weighted)
 
 
 def primary_prediction(logit_BT: Tensor) -> Tensor:
@@ -150,7 +201,7 @@ class TrainTask(nn.Module):
         self.objective = Objective(config, cohorts, world_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor | None, tuple[Tensor | None, Tensor, Batch]]:
-        logit_BT = self.model(batch.dense_BF, batch.sparse)
+        logit_BT = self.model(batch.dense_BF, batch.sparse, batch.weighted)
         if not self.training:
             return None, (None, logit_BT.detach(), batch)
         loss, task_T = self.objective(logit_BT, batch.label_B, batch.weight_B, batch.member_BC, batch.rows)

@@ -5,6 +5,7 @@ inputs.json        content identity of the training files and of statistics.json
 statistics.json    training statistics and vocabularies
 base_rates.json    how often each task is positive in the training split
 cohorts.json       the chosen cohorts, in a C2AL run
+start.json         the earlier run's checkpoint that it began with, where there is one
 checkpoints/       see c2al.distributed.checkpoint
 metrics.jsonl      one record per line: {"step": ..., "kind": ..., ...}; kinds in docs/artifacts.md
 tensorboard/       the same numbers
@@ -30,13 +31,15 @@ from c2al.data.cohorts import CohortSpec, read_cohorts
 from c2al.data.identity import FileIdentity, identify
 from c2al.data.source import open_dataset
 from c2al.data.statistics import Statistics, fit_statistics
+from c2al.distributed.checkpoint.manifest import MARKER, finished
 from c2al.distributed.process import World
-from c2al.errors import ConfigError, StateError
+from c2al.errors import CheckpointError, ConfigError, StateError
 from c2al.files import only_writer, output_errors, write_atomically
 from c2al.nn.methods import check_method
 from c2al.text import redacted
 from c2al.training.base_rates import BaseRates, count_base_rates
 from c2al.training.inputs import Inputs, check_inputs
+from c2al.training.start_from import Earlier, Start, Started, continued, refuse_another_model
 from c2al.typed import hint
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it:
@@ -60,6 +63,8 @@ class Run:
     base_rates: BaseRates
     cohorts: tuple[CohortSpec, ...]
     """The chosen ones, in a run that needs cohorts; empty in a baseline's."""
+    start: Started | None = None
+    """The earlier run's checkpoint that it began with."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,6 +79,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def result_is_best(self) -> bool:
+        """Whether the run's model is its best checkpoint, as with early stopping, and not its newest."""
+        return self.config.train.early_stopping.patience > 0
 
 
 def open_run(path: Path) -> Run:
@@ -105,8 +115,18 @@ def sole_writer(path: Path, world: World) -> Iterator[None]:
         yield
 
 
-def start_run(path: Path, config: Config, cohorts: Path | None, world: World, like: Path | None = None) -> Run:
+def start_run(
+    path: Path,
+    config: Config,
+    cohorts: Path | None,
+    world: World,
+    like: Path | None = None,
+    start: Start | None = None,
+) -> Run:
     """Makes the folder of a new run, or opens the one of an interrupted run of the same config and inputs.
+
+    With `start`, a new run goes on from an earlier one: it takes what it can of that run's statistics, and
+    `Run.start` says where its weights are.
 
     All ranks share the scan of the training split; rank 0 alone writes. like: a run whose statistics are
     taken over when it was fitted to the same files with the same data settings. Raises on every rank:
@@ -115,6 +135,7 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World, li
     teach nothing.
     """
     train = world.once(lambda: _check(path, config, cohorts))
+    started = world.once(lambda: _started(path, config, start))
     # config.toml is written last: without it, an earlier start died before its folder was whole.
     if world.once(lambda: (path / "config.toml").exists()):
         statistics = world.once(lambda: _resume(path, config, cohorts, train))
@@ -124,7 +145,9 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World, li
         rates = count_base_rates(config, chosen, world, str(cohorts))
         known = world.once(lambda: _taken_over(like, config, train))
         statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size)
-        world.once(lambda: _begin(path, statistics, rates, train, cohorts))
+        if started is not None:
+            statistics = continued(open_earlier(started), config, statistics)
+        world.once(lambda: _begin(path, statistics, rates, train, cohorts, started))
     world.once(lambda: save_config(config, path / "config.toml"))
     return Run(
         path=path,
@@ -132,7 +155,63 @@ def start_run(path: Path, config: Config, cohorts: Path | None, world: World, li
         statistics=statistics,
         base_rates=rates,
         cohorts=world.once(lambda: read_cohorts(path / "cohorts.json").chosen()) if config.train.needs_cohorts else (),
+        start=started,
     )
+
+
+def open_earlier(started: Started) -> Earlier:
+    """The run that a run began with. Raises as `open_run`."""
+    run = open_run(Path(started.run))
+    return Earlier(config=run.config, statistics=run.statistics, cohorts=run.names)
+
+
+def _started(path: Path, config: Config, start: Start | None) -> Started | None:
+    """What the run in `path` begins, or has begun, with.
+
+    Raises ConfigError when a run that is there began otherwise than `start` asks for, or when the network
+    is another one than the earlier run's; CheckpointError when that has no checkpoint, or it has changed.
+    """
+    file = path / "start.json"
+    if not (path / "config.toml").exists():
+        return None if start is None else _choose_start(path, config, start)
+    before = Started.read(file) if file.exists() else None
+    asked = None if start is None else (str(start.run.resolve()), start.optimizer)
+    if asked != (None if before is None else (before.run, before.optimizer)):
+        began = "without --start-from"
+        if before is not None:
+            began = f"with --start-from {before.run}{' --start-optimizer' if before.optimizer else ''}"
+        raise ConfigError(f"{path}: holds a run that began {began}; give the same or another --output")
+    # Where nothing is saved yet, the earlier weights are needed once more.
+    needed = before is not None and not any((path / "checkpoints").glob("step-*"))
+    if before is not None and needed and _manifest_digest(before.path) != before.manifest_sha256:
+        raise CheckpointError(f"{before.path}: is not the checkpoint that {path} began with; give another --output")
+    return before
+
+
+def _choose_start(path: Path, config: Config, start: Start) -> Started:
+    run = open_run(start.run)
+    if start.run.resolve() == path.resolve():
+        raise ConfigError(f"{path}: cannot start from itself; the same command without --start-from goes on")
+    refuse_another_model(run.config, config)
+    good, damaged = finished(run.checkpoints)
+    if not good:
+        raise CheckpointError("\n".join([f"{run.checkpoints}: holds no checkpoint to start from", *damaged]))
+    chosen = good[-1][0]
+    if run.result_is_best and (ranked := sorted((m.ne, -m.step, p) for p, m in good if m.ne is not None)):
+        chosen = ranked[0][2]
+    return Started(
+        run=str(start.run.resolve()),
+        checkpoint=chosen.name,
+        manifest_sha256=_manifest_digest(chosen),
+        optimizer=start.optimizer,
+    )
+
+
+def _manifest_digest(checkpoint: Path) -> str:
+    try:
+        return _sha256((checkpoint / MARKER).read_bytes())
+    except OSError as e:
+        raise CheckpointError(f"{checkpoint / MARKER}: cannot be read: {e.strerror}") from e
 
 
 def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdentity, ...]:
@@ -170,19 +249,27 @@ def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdenti
 
 
 def _begin(
-    path: Path, statistics: Statistics, rates: BaseRates, train: tuple[FileIdentity, ...], cohorts: Path | None
+    path: Path,
+    statistics: Statistics,
+    rates: BaseRates,
+    train: tuple[FileIdentity, ...],
+    cohorts: Path | None,
+    started: Started | None,
 ) -> None:
     text = statistics.to_json()
     write_atomically(path / "statistics.json", text)
     rates.write(path / "base_rates.json")
     Inputs(train=train, statistics_sha256=_sha256(text.encode())).write(path / "inputs.json")
+    if started is not None:
+        started.write(path / "start.json")
     if cohorts is not None and cohorts.resolve() != (path / "cohorts.json").resolve():
         write_atomically(path / "cohorts.json", cohorts.read_bytes())
 
 
 def _taken_over(like: Path | None, config: Config, train: tuple[FileIdentity, ...]) -> Statistics | None:
     """The statistics of the run `like`; None when it is none yet, or was fitted to anything else."""
-    if like is None or not (like / "config.toml").exists():
+    # Statistics that went on from an earlier run are not fitted to the files alone.
+    if like is None or not (like / "config.toml").exists() or (like / "start.json").exists():
         return None
     inputs, statistics = Inputs.read(like / "inputs.json"), like / "statistics.json"
     if load_config(like / "config.toml").data != redacted_config(config).data or inputs.changes(train):

@@ -7,6 +7,7 @@ if there is one, and every axis column under its own name. `_complete.json` come
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from c2al.training.model import TrainTask, primary_prediction
 from c2al.training.run_folder import Run, config_differences, open_run, sole_writer
 
 _FREE = (
-    *("dist.", "axes", "discover.", "evaluate.", "experiment.", "train.batch_size", "train.checkpoint."),
+    *("dist.", "axes", "discover.", "evaluate.", "experiment."),
+    *("train.batch_size", "train.compile", "train.checkpoint."),
     *(f"data.{k}" for k in ("train", "validation", "test", "row_id", "user_id", "time", "label", "weight")),
     *(f"data.{k}" for k in ("workers", "prefetch", "shards", "shuffle_rows")),
 )
@@ -107,6 +109,13 @@ def _finish(partial: Path, output: Path, rows: int) -> None:
         (output / LOCK).unlink()
 
 
+def _said(path: Path, world: World, best: bool) -> Path:
+    """Says on rank 0 that this checkpoint is taken because it is the best one."""
+    if best and world.rank == 0:
+        print(f"scoring with {path}, the best checkpoint, since the run stops early", file=sys.stderr)
+    return path
+
+
 class _Scoring:
     """One scoring job on this rank."""
 
@@ -160,7 +169,8 @@ class _Scoring:
         if checkpoint is not None:
             checkpoints.load(checkpoint, model)
         else:
-            checkpoints.with_newest(lambda path: checkpoints.load(path, model))
+            best = self.run.result_is_best
+            checkpoints.with_newest(lambda path: checkpoints.load(_said(path, world, best), model), best=best)
 
         rows, writer = 0, None
         part = folder / f"part-{world.rank:05d}.parquet"

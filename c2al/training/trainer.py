@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import profile, schedule, tensorboard_trace_handler
-from torchrec.distributed.train_pipeline import GradientAccumulationConfig, GradientAccumulationWrapper
 from tqdm import tqdm
 
 from c2al.config import Config
@@ -24,14 +22,19 @@ from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import CheckpointError, TrainingError
 from c2al.training.batches import training_batches, training_reader, validation_batches
+from c2al.training.compilation import compile_training
 from c2al.training.diagnostics import UnitRecorder, YRecorder
 from c2al.training.dynamics import Dynamics
+from c2al.training.early_stopping import Waiting
 from c2al.training.interrupt import Interrupt
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
 from c2al.training.model import TrainTask
 from c2al.training.objective import Objective
-from c2al.training.pipeline import Clock, Pipeline
+from c2al.training.pipeline import Clock, make_steps
+from c2al.training.profiler import profiler_of
 from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
+from c2al.training.start_from import Start
+from c2al.training.start_weights import load_start
 from c2al.typed import Problems, build
 
 PRIMARY = "primary"
@@ -45,13 +48,18 @@ INTERRUPT_STEPS = 10
 
 
 def train(
-    config: Config, output: Path, world: World, cohorts: Path | None = None, like: Path | None = None
+    config: Config,
+    output: Path,
+    world: World,
+    cohorts: Path | None = None,
+    like: Path | None = None,
+    start: Start | None = None,
 ) -> float | None:
     """Trains to the end, going on from the newest checkpoint in `output`, and writes the run's folder.
 
-    Returns the last validation NE (None: no validation split, or undefined). A finished run is left as
-    it is; the NE is then the one it ended with. Trained weights are never deleted: only a run that fails
-    before its first step takes its new folder away again. like: see `start_run`.
+    `start` names the run whose weights a new run begins with; like: see `start_run`. Returns the last validation
+    NE, or with early stopping the best (None: no validation split, or undefined). A finished run is left as it
+    is. Trained weights are never deleted: only a run that fails before its first step takes its new folder away.
 
     Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
     the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
@@ -61,7 +69,7 @@ def train(
     with sole_writer(output, world):
         trainer = None
         try:
-            trainer = Trainer(start_run(output, config, cohorts, world, like), world)
+            trainer = Trainer(start_run(output, config, cohorts, world, like, start), world)
             return trainer.train()
         except BaseException:
             if world.rank == 0 and missing and (trainer is None or trainer.step == 0):
@@ -99,23 +107,21 @@ class Trainer:
         self.dynamics = Dynamics(self.model, (PRIMARY, *run.auxiliary))
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
-        self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates)
-        self.pipeline = Pipeline(self.model, self.optimizer, world.device, self.clock)
-        self.accumulation = GradientAccumulationWrapper(
-            self.pipeline,
-            self.pipeline.optimizer,  # the timed one: the wrapper calls what it is given, not the pipeline's
-            self.model,
-            GradientAccumulationConfig(num_steps=self.config.train.accumulate),
-        )
+        self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates, self.config.train.ema)
+        compile_training(self.model, self.config, world, self.total)
+        self.steps = make_steps(self.model, self.optimizer, world, self.clock, self.config.train.accumulate)
         self.saved = CheckpointReader(run.checkpoints, world)
         self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
         self.step = 0
         """Steps done."""
         self.ne: float | None = None
         """NE of the last evaluation."""
+        self.waiting = Waiting()
         self.metrics = self._new_metrics()
         if (newest := self.saved.latest()) is not None:
             self._resume(newest)
+        elif run.start is not None:
+            self._say(load_start(run, self.model, self.optimizer, world))
 
         self.loss_T = torch.zeros(len(self.metrics.tasks), dtype=torch.float64, device=world.device)
         """Sum of the steps' task losses since the last log line."""
@@ -131,14 +137,22 @@ class Trainer:
     def train(self) -> float | None:
         """The loop: fetch, step, check, log, save, evaluate."""
         train = self.config.train
-        if self.step >= self.total:
+        if self.step >= self.total or self.waiting.over(train.early_stopping):
             self._say(
                 f"{self.run.path}: already finished: {self.step} of {self.total} steps are done, nothing to train"
             )
-            return self.ne
+            return self._result()
         batches = self._batches()
-        with self.checkpoints, Interrupt() as interrupt, self._progress_bar() as bar, self._profiler() as profiler:
-            while self.step < self.total:
+        with (
+            self.checkpoints,
+            Interrupt() as interrupt,
+            self._progress_bar() as bar,
+            profiler_of(self.run, self.world) as profiler,
+        ):
+            if self.waiting.missed(train.early_stopping, self.step) and self._due(train.eval_every):
+                self._evaluate()
+                self._save(self.ne)
+            while self.step < self.total and not self.waiting.over(train.early_stopping):
                 self.advance(batches)
                 bar.update()
                 profiler.step()
@@ -152,12 +166,26 @@ class Trainer:
                     self._record_y()
                 if self._due(train.eval_every):
                     self._evaluate()
-                    if saved:
+                    if saved or self.waiting.decisive(train.early_stopping):
                         self._save(self.ne)
+            if self.step < self.total:
+                self._end_early(bar)
         self._record("weights", self.dynamics.weights())
         if self.log is not None:
             self.log.close()
-        return self.ne
+        return self._result()
+
+    def _end_early(self, bar: Any) -> None:
+        """What the last step does besides, where patience ended training."""
+        if self.step > self._logged:
+            self._log_training(bar)
+        if not self._due(self.config.train.y_every):
+            self._record_y()
+        self._say(f"step {self.step}: {self.waiting.since} evaluations without a better NE, training ends")
+
+    def _result(self) -> float | None:
+        """Validation NE of the run's model: of the best checkpoint with early stopping, else of the last."""
+        return self.waiting.best if self.run.result_is_best else self.ne
 
     def _due(self, every: int) -> bool:
         return self.step == self.total or (every > 0 and self.step % every == 0)
@@ -179,7 +207,7 @@ class Trainer:
         self.objective.at_step(step - 1, self.total)
         self.dynamics.before(step, logged=step == self.total or step % self.config.train.log_every == 0)
         # The last step of all is an optimizer step whatever is accumulated.
-        task_T, logit_BT, batch = self.accumulation.progress(batches, is_last_batch=step == self.total)
+        task_T, logit_BT, batch = self.steps.progress(batches, step == self.total)
         self.step_loss_T = task_T
         self.loss_T += task_T
         self._update(self.metrics, logit_BT, batch)
@@ -235,7 +263,7 @@ class Trainer:
             "lifetime": _table(lifetime.compute()),
             "samples_per_second": speed,
             "seconds": seconds,
-            "input_dist_overlapped": self.pipeline.overlapped,
+            "input_dist_overlapped": self.steps.overlapped,
             "peak_memory_mib": _peak_memory_mib(self.world.device),
             "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
             "lambda": dict(zip(self.run.auxiliary, self.objective.lambda_C, strict=True)),
@@ -256,12 +284,13 @@ class Trainer:
         if not self.config.data.validation:
             return
         metrics = self._new_metrics()
-        with self._evaluating():
+        with self._evaluating(), self.optimizer.averages_in_place():
             for batch in validation_batches(self.run, self.world):
                 _, (_, logit_BT, batch) = self.model(batch)
                 self._update(metrics, logit_BT, batch)
         result = self._merged(metrics.lifetime).compute()
         self.ne = result["primary"]["all"].ne
+        self.waiting = self.waiting.after(self.config.train.early_stopping, self.ne, self.step)
         self._record("validation", _table(result))
         self._say(f"step {self.step}: validation NE {_shown(self.ne)}")
 
@@ -278,19 +307,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Takes the model out of the pipeline, whose batches in flight stay where they are."""
-        self.pipeline.detach()
-        self.model.eval()
-        with torch.no_grad():
+        with self.steps.paused(), torch.no_grad():
+            self.model.eval()
             yield
-        self.model.train()
-        self.pipeline.attach(self.model)
+            self.model.train()
 
     def _save(self, ne: float | None = None) -> None:
         """Saves this step; `ne` is that of the very weights that are saved, or None."""
         with self.clock.section("checkpoint"):
             # Rank 0's `extra` is the one that is kept, so it holds the totals of all ranks.
-            extra = _Extra(step=self.step, ne=self.ne, lifetime=self._merged(self.metrics.lifetime).saved())
+            lifetime = self._merged(self.metrics.lifetime).saved()
+            extra = _Extra(step=self.step, ne=self.ne, lifetime=lifetime, waiting=self.waiting)
             self.checkpoints.save(
                 self.step, self.model, self.optimizer, dataclasses.asdict(extra), loss=self.step_loss_T, ne=ne
             )
@@ -307,7 +334,7 @@ class Trainer:
             self.metrics = self._new_metrics(lifetime if self.world.rank == 0 else None)
         except ValueError as e:
             raise CheckpointError(f"{path}: not a checkpoint of this training run: {e}") from e
-        self.step, self.ne = saved.step, saved.ne
+        self.step, self.ne, self.waiting = saved.step, saved.ne, saved.waiting
         if self.step < self.total and self.step % self.config.train.accumulate:
             raise CheckpointError(
                 f"{path}: ended between two optimizer steps, since train.max_steps was no multiple of "
@@ -334,23 +361,6 @@ class Trainer:
         shown = None if self.world.rank == 0 else True
         return tqdm(total=self.total, initial=self.step, unit="step", disable=shown)
 
-    def _profiler(self) -> Any:
-        steps = self.config.train.profile_steps
-        if not steps:
-            return NoProfile()
-        handler = tensorboard_trace_handler(str(self.run.path / "profile"), f"rank{self.world.rank}")
-        return profile(schedule=schedule(wait=10, warmup=1, active=steps, repeat=1), on_trace_ready=handler)
-
-
-class NoProfile(contextlib.nullcontext["NoProfile"]):
-    """Stands where torch.profiler stands when no trace was asked for."""
-
-    def __enter__(self) -> "NoProfile":
-        return self
-
-    def step(self) -> None:
-        pass
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Extra:
@@ -359,6 +369,7 @@ class _Extra:
     step: int
     ne: float | None
     lifetime: SavedSums
+    waiting: Waiting = dataclasses.field(default_factory=Waiting)
 
     def problems(self) -> Problems:
         if self.step < 0:

@@ -4,6 +4,7 @@ No torchrec, no fbgemm, no c2al: embedding_bag on whole tables, autograd, row-wi
 formula m += mean(g^2), w -= lr * g / (sqrt(m) + eps), one m for each column range of a table, Adam by torch.
 """
 
+import rich_toy
 import torch
 from torch.nn import functional as F
 from toy import GLOBAL_BATCH, ROWS, batch
@@ -27,13 +28,18 @@ class Oracle:
         self.sparse_lr = sparse_lr
         self.adam = torch.optim.AdamW(self.over.values(), lr=dense_lr, weight_decay=0.0)
 
-    def step(self, number: int) -> float:
+    def pooled(self, number: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """(dense_BF, the pooled rows of each feature, label_B) of a global batch."""
         dense_BF, sparse, label_B = batch(number, 0, 1)
         pooled = []
         for name in ROWS:
             jagged = sparse[name]
             mode = "mean" if name == "tags" else "sum"
             pooled.append(F.embedding_bag(jagged.values(), self.tables[name], jagged.offsets()[:-1], mode=mode))
+        return dense_BF, pooled, label_B
+
+    def step(self, number: int) -> float:
+        dense_BF, pooled, label_B = self.pooled(number)
         hidden = torch.cat([dense_BF, *pooled], dim=1) @ self.over["over.0.weight"].T + self.over["over.0.bias"]
         logit_B = (torch.tanh(hidden) @ self.over["over.2.weight"].T + self.over["over.2.bias"]).squeeze(1)
         loss = F.binary_cross_entropy_with_logits(logit_B, label_B, reduction="sum") / GLOBAL_BATCH
@@ -49,3 +55,24 @@ class Oracle:
                     m += part.square().mean(dim=1)
                     table[:, first:last] -= self.sparse_lr * part / (m.sqrt() + 1e-8)[:, None]
         return float(loss.detach())
+
+
+class RichOracle(Oracle):
+    """The same of the rich toy: a row of a shared table gets the sum of the gradients of all its features."""
+
+    def pooled(self, number: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        dense_BF, (sparse, weighted), label_B = rich_toy.batch(number, 0, 1)
+        pooled = []
+        for table, features in rich_toy.FEATURES.items():
+            for name in features:
+                bags = weighted[name] if table in rich_toy.WEIGHTED else sparse[name]
+                rows = self.tables[table][bags.values()]
+                if table in rich_toy.WEIGHTED:
+                    rows = rows * bags.weights()[:, None]
+                bag = torch.repeat_interleave(torch.arange(GLOBAL_BATCH), bags.lengths().long())
+                sums = torch.zeros(GLOBAL_BATCH, rows.shape[1]).index_add(0, bag, rows)
+                pooled.append(sums / bags.lengths().clamp(min=1)[:, None] if table == "tags" else sums)
+        return dense_BF, pooled, label_B
+
+
+ORACLES = {"toy": Oracle, "rich": RichOracle}

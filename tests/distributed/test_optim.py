@@ -168,7 +168,7 @@ def test_dense_part_follows_torch(dense):
         names = [n for n, _ in dmp.module.named_parameters() if n.startswith("over")]
         copies = [dict(dmp.module.named_parameters())[n].detach().clone().requires_grad_() for n in names]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[dense]
-        reference = kind(copies, lr=0.05, weight_decay=0.1, betas=(0.8, 0.9))
+        reference = kind(copies, lr=0.05, weight_decay=0.1, betas=(0.8, 0.9), fused=True)
         for step in range(3):
             toy.train_step(dmp, optimizer, step, 0, 1)
             for name, copy in zip(names, copies, strict=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -258,15 +258,21 @@ def test_quantized_communication_is_used_where_it_works():
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(exact), rtol=0, atol=tolerance)
 
 
-def test_a_weighted_collection_is_refused():
+def test_a_weighted_collection_that_pools_by_mean_is_refused():
     class Weighted(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            table = EmbeddingBagConfig(num_embeddings=4, embedding_dim=4, name="user", feature_names=["user"])
+            table = EmbeddingBagConfig(
+                num_embeddings=4,
+                embedding_dim=4,
+                name="user",
+                feature_names=["user"],
+                pooling=PoolingType.MEAN,
+            )
             self.ebc = EmbeddingBagCollection(tables=[table], is_weighted=True)
 
     config = toy.config()
-    with process_group(config.dist) as world, pytest.raises(PlanError, match="ebc: a weighted"):
+    with process_group(config.dist) as world, pytest.raises(PlanError, match="table 'user' has weights"):
         shard_model(Weighted(), config, world)
 
 

@@ -11,6 +11,7 @@ from c2al.config import Config, parse_config
 DIM, DENSE = 16, 3
 ROWS = {"user": 37, "item": 64, "tags": 50}
 """37 rows do not divide by 2 or 4; tags is multi-hot and mean-pooled."""
+DIMS = dict.fromkeys(ROWS, DIM)
 GLOBAL_BATCH = 32
 
 
@@ -86,7 +87,11 @@ def batch(step: int, rank: int, size: int) -> tuple[torch.Tensor, KeyedJaggedTen
 
 def train_step(dmp, optimizer, step: int, rank: int, size: int) -> float:
     """One step as the training job does it; returns the global loss."""
-    dense_BF, sparse, label_B = batch(step, rank, size)
+    return train_on(dmp, optimizer, *batch(step, rank, size), size)
+
+
+def train_on(dmp, optimizer, dense_BF, sparse, label_B, size: int) -> float:
+    """A step on this batch."""
     optimizer.zero_grad()
     logit_B = dmp(dense_BF, sparse)
     # Gradients are averaged over ranks, so a rank divides its sum by its share of the global rows.

@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from c2al.distributed.checkpoint.blocks import BlockLoader, Piece
 from c2al.distributed.checkpoint.manifest import DTYPES, MARKER, TENSORS, Manifest, StoredTensors, finished
 from c2al.distributed.checkpoint.state import (
+    average_key,
     column_blocks_of,
     compare,
     compare_arithmetic,
@@ -65,14 +66,19 @@ class CheckpointReader:
         found = self.finished()
         return found[-1][0] if found else None
 
-    def with_newest(self, action: Callable[[Path], T]) -> T:
-        """What `action`, which is collective, makes of the newest checkpoint.
+    def best(self) -> Path | None:
+        """Folder of the finished checkpoint with the lowest validation NE, of equals the later; None without any."""
+        ranked = sorted((m.ne, -m.step, path) for path, m in self.finished() if m.ne is not None)
+        return ranked[0][2] if ranked else None
+
+    def with_newest(self, action: Callable[[Path], T], *, best: bool = False) -> T:
+        """What `action`, which is collective, makes of the newest checkpoint, or of the `best` if there is one.
 
         A training run may delete the checkpoint meanwhile; then `action` gets the newest again.
         Raises CheckpointError when there is no checkpoint, and what `action` raises.
         """
         for _ in range(ATTEMPTS):
-            path = self.latest()
+            path = (self.best() if best else None) or self.latest()
             if path is None:
                 raise CheckpointError(f"{self._directory}: holds no checkpoint")
             try:
@@ -126,16 +132,19 @@ class CheckpointReader:
 def load_unsharded(path: Path) -> dict[str, torch.Tensor]:
     """The model of a checkpoint as whole CPU tensors by parameter name; needs no process group.
 
+    Dense weights are the moving averages where the checkpoint has them.
+
     Raises CheckpointError as `CheckpointReader.load` does.
     """
     manifest, stored = _opened(path)
     tensors = {}
+    keys = {n: average_key(n) if average_key(n) in stored.tensors else model_key(n) for n in manifest.model}
     for name, shape in manifest.model.items():
-        tensor = stored.tensors.get(model_key(name))
+        tensor = stored.tensors.get(keys[name])
         if tensor is None or tensor.size != shape:
             raise CheckpointError(f"{path / TENSORS}: damaged: parameter '{name}' is not there as {list(shape)}")
         tensors[name] = torch.empty(shape, dtype=DTYPES[tensor.dtype])
-    state = {model_key(name): [Piece.whole(tensor)] for name, tensor in tensors.items()}
+    state = {keys[name]: [Piece.whole(tensor)] for name, tensor in tensors.items()}
     reader = RawReader(path, stored)
     with warnings.catch_warnings():
         # DCP warns that it assumes a single process, which no_dist has just told it.

@@ -23,6 +23,16 @@ def model_key(name: str) -> str:
     return f"model/{name}"
 
 
+def average_key(name: str) -> str:
+    """Of the moving average of a dense parameter."""
+    return f"ema/{name}"
+
+
+def moment_key(table: str, first: int, last: int) -> str:
+    """Of the moments of a table's columns from `first` to before `last`; `table` is the name of its weight."""
+    return f"moment/{table}/{first}-{last}"
+
+
 def _moment_prefix(table: Table) -> str:
     return f"moment/{table.name}/"
 
@@ -126,10 +136,11 @@ def saved_state(dmp: DistributedModelParallel, optimizer: Optimizer, world: Worl
             state.setdefault(model_key(table.name), []).append(
                 Piece(block.weight_RD[mine], (row, block.column), (table.rows, table.dim))
             )
-            key = f"{_moment_prefix(table)}{block.column}-{block.column + width}"
+            key = moment_key(table.name, block.column, block.column + width)
             state.setdefault(key, []).append(Piece(moment_R[mine], (row,), (table.rows,)))
     whole = {model_key(name): value for name, value in _dense_tensors(dmp, tables).items()}
     whole |= {f"adam/{name}": value for name, value in optimizer.dense_state().items()}
+    whole |= {average_key(name): value for name, value in optimizer.averages.items()}
     for i, (key, tensor) in enumerate(sorted(whole.items())):
         if i % world.size == world.rank:
             state[key] = [Piece.whole(tensor)]
@@ -141,8 +152,10 @@ def wanted_state(
 ) -> tuple[dict[str, list[Piece]], list[Callable[[], None]]]:
     """What this rank reads, straight into live tensors, and what remains to be done after reading.
 
-    `saved` are the keys of the checkpoint.
+    `saved` are the keys of the checkpoint. Without an optimizer the model is not for training, so its
+    dense weights are the moving averages where the checkpoint has them.
     """
+    saved = set(saved)
     tables = local_tables(dmp)
     state: dict[str, list[Piece]] = {}
     finish: list[Callable[[], None]] = []
@@ -170,10 +183,15 @@ def wanted_state(
                     parts.append((shared / width, read[key, block.row]))
             finish.append(lambda moment_R=moment_R, parts=parts: _combine(moment_R, parts))  # type: ignore[misc]
     for name, value in _dense_tensors(dmp, tables).items():
-        state[model_key(name)] = [Piece.whole(value)]
+        key = model_key(name)
+        if optimizer is None and average_key(name) in saved:
+            key = average_key(name)
+        state[key] = [Piece.whole(value)]
     if optimizer is not None:
         for name, value in optimizer.dense_state().items():
             state[f"adam/{name}"] = [Piece.whole(value)]
+        for name, value in optimizer.averages.items():
+            state[average_key(name)] = [Piece.whole(value)]
     return state, finish
 
 

@@ -1,0 +1,75 @@
+"""torch.compile of training steps: when it pays, and what happens where it cannot be had.
+
+Only the function below the encoder and the prediction heads is compiled, not the module. Names of parameters stay as
+they are; evaluation, scoring, diagnostics and export, which hook modules or must agree to the bit, run the plain lines.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from c2al.config import Config
+from c2al.distributed.process import World
+from c2al.errors import BackendError
+from c2al.training.model import OverArch
+
+WORTH_FLOPS = 3e13
+"""Least work of a run on one rank that compiling pays for: ten minutes at the 50 GFLOP/s that a core trains at. It
+saves a fifth of them at least, and takes one minute without a cache (docs/LOG.md)."""
+
+logger = logging.getLogger(__name__)
+
+
+def compile_training(dmp: DistributedModelParallel, config: Config, world: World, steps: int) -> None:
+    """Compiles what stands above the tables of a TrainTask, as `config.train.compile` says.
+
+    The choice depends on the config and the number of steps alone, and only on what lies below the encoder and
+    the prediction heads: arms that are compared are compiled alike.
+    """
+    (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
+    choice = config.train.compile
+    if choice == "off" or (choice == "auto" and (world.device.type != "cpu" or not _pays(over, config, world, steps))):
+        return
+    over.compiled = _Compiled(over, required=choice == "on")
+
+
+def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
+    """Whether the run's products above the tables, forward and backward, are more than WORTH_FLOPS."""
+    rows = 8
+    over.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pooled_BND = torch.zeros(rows, len(over.keys), over.dim) if over.keys else None
+        over.interact(torch.zeros(rows, len(config.data.dense)), pooled_BND)
+    over.train()
+    forward = float(counter.get_total_flops()) / rows * config.train.batch_size / world.size
+    return 3 * forward * steps > WORTH_FLOPS
+
+
+class _Compiled:
+    """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required."""
+
+    def __init__(self, over: OverArch, required: bool) -> None:
+        self._plain: Any = over.interact
+        # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
+        options: dict[str, Any] = {"fallback_random": True}
+        self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
+        self._required, self._failed = required, False
+
+    def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
+        if self._failed:
+            return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+        except TorchDynamoException as e:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            if self._required:
+                raise BackendError(f"train.compile = 'on': torch.compile failed: {reason}") from e
+            logger.warning("train.compile: torch.compile failed, training goes on without it: %s", reason)
+            self._failed = True
+        return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]

@@ -1,0 +1,152 @@
+"""Compiled training steps: the same model, or the stated way out."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from c2al.config import replace
+from c2al.distributed.process import process_group
+from c2al.training import compilation
+from c2al.training.batches import training_reader
+from c2al.training.model import OverArch
+from c2al.training.pipeline import PipelinedSteps, PlainSteps
+from c2al.training.run_folder import start_run
+from c2al.training.trainer import Trainer
+from impressions import splits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return replace(splits(tmp_path_factory.mktemp("impressions")), **{"train.epochs": 2, "model.layers": 1})
+
+
+@pytest.fixture(scope="module")
+def world(config):
+    with process_group(config.dist) as world:
+        yield world
+
+
+def trained(config, world, folder: Path, steps: int, **overrides) -> tuple[Trainer, list[float]]:
+    run = start_run(folder, replace(config, **overrides), None, world)
+    trainer = Trainer(run, world)
+    batches = itertools.chain.from_iterable(training_reader(run, world, epoch) for epoch in (0, 1))
+    losses = []
+    for _ in range(steps):
+        trainer.advance(batches)
+        losses.append(float(trainer.step_loss_T[0]))
+    return trainer, losses
+
+
+def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
+    """20 steps with dropout: losses to 1e-5, the same names in a checkpoint, and plain lines outside training."""
+    plain, expected = trained(config, world, tmp_path / "off", 20, **{"train.compile": "off", "model.dropout": 0.1})
+    ours, losses = trained(config, world, tmp_path / "on", 20, **{"train.compile": "on", "model.dropout": 0.1})
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert max(losses) - min(losses) > 1e-3, "it was trained"
+    assert ours.model.module.state_dict().keys() == plain.model.module.state_dict().keys()
+    over = next(m for m in ours.model.modules() if isinstance(m, OverArch))
+    assert over.compiled is not None
+    assert not over.compiled._failed
+    over.eval()
+    pooled_BND = torch.randn(5, len(over.keys), over.dim)
+    dense_BF = torch.randn(5, 1)
+    calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    over.logits(dense_BF, pooled_BND)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls == 1, "one graph, of training steps"
+
+
+def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, monkeypatch):
+    def compiled(steps: int, folder: str) -> bool:
+        run = start_run(tmp_path / folder, config, None, world)
+        trainer = Trainer(run, world)
+        over = next(m for m in trainer.model.modules() if isinstance(m, OverArch))
+        over.compiled = None
+        compilation.compile_training(trainer.model, config, world, steps)
+        return over.compiled is not None
+
+    assert not compiled(32, "short")
+    assert compiled(10**9, "long")
+
+
+FALLBACK = """
+import itertools, sys
+sys.path[:0] = [{tests!r}]
+import logging; logging.basicConfig(level=logging.WARNING)
+from pathlib import Path
+from test_compilation import trained
+from c2al.config import load_config
+from c2al.distributed.process import process_group
+from c2al.training import compilation
+compilation.WORTH_FLOPS = 0.0
+config = load_config(Path({config!r}))
+with process_group(config.dist) as world:
+    print(trained(config, world, Path({folder!r}), 3)[1])
+"""
+
+
+@pytest.mark.parametrize("choice", ["auto", "on"])
+def test_without_a_compiler_auto_trains_plainly_and_on_is_refused(config, world, tmp_path, choice):
+    from c2al.config import save_config
+
+    config = replace(config, **{"train.compile": choice})
+    save_config(config, tmp_path / "c.toml")
+    script = FALLBACK.format(
+        tests=str(Path(__file__).parent), config=str(tmp_path / "c.toml"), folder=str(tmp_path / "run")
+    )
+    environment = os.environ | {
+        "CXX": "/nowhere/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    if choice == "on":
+        assert "BackendError: train.compile = 'on': torch.compile failed: " in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("torch.compile failed, training goes on without it") == 1
+    _, expected = trained(config, world, tmp_path / "plain", 3, **{"train.compile": "off"})
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_plain_loop_trains_as_the_pipeline_does(config, world, tmp_path, accumulate):
+    """Bit for bit, the last steps of an accumulation that is cut short included."""
+    weights = []
+    for kind in ("plain", "pipelined"):
+        run = start_run(tmp_path / kind, replace(config, **{"train.max_steps": 8}), None, world)
+        trainer = Trainer(run, world)
+        assert isinstance(trainer.steps, PlainSteps)
+        arguments = (trainer.model, trainer.optimizer)
+        steps = (
+            PlainSteps(*arguments, trainer.clock, accumulate)
+            if kind == "plain"
+            else PipelinedSteps(*arguments, world.device, trainer.clock, accumulate)
+        )
+        trainer.steps = steps
+        batches = iter(list(itertools.islice(training_reader(run, world), 8)))
+        for _ in range(8):
+            trainer.advance(batches)
+        weights.append({name: value.clone() for name, value in trainer.model.module.state_dict().items()})
+        assert trainer.optimizer.steps == -(-8 // accumulate)
+    plain, pipelined = weights
+    assert plain.keys() == pipelined.keys()
+    for name, value in plain.items():
+        other = pipelined[name]
+        local = (
+            (value.local_shards()[0].tensor, other.local_shards()[0].tensor)
+            if hasattr(value, "local_shards")
+            else (value, other)
+        )
+        assert torch.equal(*local), name
+    assert issubclass(type(steps._pipeline), TrainPipelineSparseDist)
