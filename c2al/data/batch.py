@@ -85,12 +85,12 @@ def _jagged(
     parts: Sequence[Rows], data: DataConfig, features: Sequence[int], size: int, weighted: bool = False
 ) -> KeyedJaggedTensor:
     """The sparse features at these positions of the config, of all rows, and their weights where asked for."""
-    values, lengths, weights = jagged_inputs(parts, features, size)
+    values, lengths, *weights = map(torch.from_numpy, jagged_inputs(parts, features, size, weighted))
     return KeyedJaggedTensor(
         keys=[data.sparse[i].key for i in features],
-        values=torch.from_numpy(values),
-        lengths=torch.from_numpy(lengths),
-        weights=torch.from_numpy(weights) if weighted else None,
+        values=values,
+        lengths=lengths,
+        weights=weights[0] if weighted else None,
         stride=size,
     )
 

@@ -134,8 +134,7 @@ def model_inputs(parts: Sequence[Rows], data: DataConfig, size: int) -> tuple[Ar
     """
     own, weighted = own_and_weighted(data)
     dense_BF = padded([p.dense_NF for p in parts], sum(len(p) for p in parts), size)
-    bags = jagged_inputs(parts, own, size)[:2]
-    return dense_BF, *bags, *(jagged_inputs(parts, weighted, size) if weighted else ())
+    return dense_BF, *jagged_inputs(parts, own, size), *(jagged_inputs(parts, weighted, size, True) if weighted else ())
 
 
 def own_and_weighted(data: DataConfig) -> tuple[list[int], list[int]]:
@@ -144,8 +143,10 @@ def own_and_weighted(data: DataConfig) -> tuple[list[int], list[int]]:
     return [i for i in range(len(data.sparse)) if i not in weighted], weighted
 
 
-def jagged_inputs(parts: Sequence[Rows], features: Sequence[int], size: int) -> tuple[Ints, Arrays, Floats]:
-    """Values, int32 lengths (features * B) and weights of the sparse features at these positions."""
+def jagged_inputs(
+    parts: Sequence[Rows], features: Sequence[int], size: int, weighted: bool = False
+) -> tuple[Arrays, ...]:
+    """int64 values, int32 lengths (features * B), and if `weighted` float32 weights, of the features there."""
     lengths_KB = np.zeros((len(features), size), dtype=np.int32)
     values, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
     for key, feature in enumerate(features):
@@ -154,11 +155,12 @@ def jagged_inputs(parts: Sequence[Rows], features: Sequence[int], size: int) -> 
             jagged = part.sparse[feature]
             lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
             values.append(jagged.values_V)
-            # Ones that take no memory of their own.
-            ones_V = np.broadcast_to(np.float32(1), len(jagged.values_V))
-            weights.append(ones_V if jagged.weights_V is None else jagged.weights_V)
+            if weighted:
+                # Ones that take no memory of their own.
+                ones_V = np.broadcast_to(np.float32(1), len(jagged.values_V))
+                weights.append(ones_V if jagged.weights_V is None else jagged.weights_V)
             at += len(part)
-    return np.concatenate(values), lengths_KB.reshape(-1), np.concatenate(weights)
+    return np.concatenate(values), lengths_KB.reshape(-1), *([np.concatenate(weights)] if weighted else [])
 
 
 def padded(parts: Sequence[Floats], real: int, size: int) -> Floats:

@@ -62,9 +62,10 @@ class Schema:
 
     def problems(self) -> Problems:
         columns = {f.column for f in self.dense} | {f.column for f in self.sparse}
+        columns -= {c for f in self.sparse if f.weights for c in (f.column, f.weights)}
         for column in self.defaults:
             if column not in columns:
-                yield f"defaults.{column}", "is the column of no feature"
+                yield f"defaults.{column}", "is the column of no feature that takes a default"
         if self.batch_size < 1:
             yield "batch_size", f"must be at least 1, is {self.batch_size}"
         if not self.sparse:
@@ -209,6 +210,11 @@ def parse_defaults(words: list[str], schema: Schema) -> dict[str, Any]:
             defaults[column] = text
         dense = tuple(f for f in schema.dense if f.column == column)
         sparse = tuple(f for f in schema.sparse if f.column == column)
+        for feature in schema.sparse:
+            if feature.weights and column in (feature.column, feature.weights):
+                raise ConfigError(
+                    f"--default {word}: feature '{feature.key}' takes no default, since its values have weights"
+                )
         if not dense and not sparse:
             raise ConfigError(f"--default {word}: no feature reads column '{column}'")
         one = dataclasses.replace(schema, dense=dense, sparse=sparse, defaults=defaults)

@@ -54,9 +54,9 @@ class OverArch(nn.Module):
         )
         own = [f for f in data.sparse if f.table_name not in data.weighted_tables]
         self.bags = len(own)
-        """Features without weights."""
-        self.means = [(i, self.keys.index(f.key)) for i, f in enumerate(own) if f.pooling == "mean"]
-        """Positions of the mean-pooled features, among those without weights and among all."""
+        """Features whose table has no weights."""
+        self.means = {f.key: i for i, f in enumerate(own) if f.pooling == "mean"}
+        """Mean-pooled feature -> its position among those."""
         plain = [key for name, keys in self.tables.items() if name not in self.projections for key in keys]
         self.groups = [("", plain)] if plain else []
         """(projection or none, keys): a group holds tables of one dim, so that it can be taken apart into features."""
@@ -103,35 +103,38 @@ class OverArch(nn.Module):
                 logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
 
-    def _embeddings(self, pooled: Sequence[KeyedTensor], lengths: Tensor | None) -> Tensor:
-        """The pooled embeddings of all features in config order, each projected to D columns."""
+    def _embeddings(self, pooled: Sequence[KeyedTensor], lengths: Tensor | None = None) -> Tensor:
+        """`embeddings` of what the collections of tables put out."""
         # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
         parts = KeyedTensor.regroup(list(pooled), [keys for _, keys in self.groups])
         sums = [v.view(v.shape[0], len(keys), -1) for v, (_, keys) in zip(parts, self.groups, strict=True)]
         return self.embeddings(sums, lengths)
 
     def embeddings(self, sums: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
-        """The embeddings of all features (B, N, D) in config order, projected, and divided where they are means.
+        """The embeddings of all features (B, N, D) in config order, divided where they are means, and projected.
 
         `sums` has for each of `groups` the sums of embeddings (B, keys, dim). `lengths` has for each feature
         without weights, in config order, and each row of B how many embeddings the sum is of; without it
         nothing is divided.
         """
         of_key: dict[str, Tensor] = {}
-        for (name, keys), sum_BNE in zip(self.groups, sums, strict=True):
-            own_BND = self.projections[name](sum_BNE) if name else sum_BNE
+        for (name, keys), own_BNE in zip(self.groups, sums, strict=True):
+            if lengths is not None and not self.means.keys().isdisjoint(keys):
+                own_BNE = own_BNE / self._divisor(keys, lengths)
+            own_BND = self.projections[name](own_BNE) if name else own_BNE
+            if keys == self.keys:
+                return own_BND
             of_key |= dict(zip(keys, own_BND.unbind(1), strict=True))
-        if len(self.groups) == 1 and not self.projections and self.groups[0][1] == self.keys:
-            sum_BND = sums[0]
-        else:
-            sum_BND = torch.stack([of_key[key] for key in self.keys], dim=1)
-        if lengths is None or not self.means:
-            return sum_BND
+        return torch.stack([of_key[key] for key in self.keys], dim=1)
+
+    def _divisor(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
+        """(B, keys, 1) by what a sum is divided: 1, or for a mean the length of its bag, and an empty one's by 1."""
         length_NB = lengths.view(self.bags, -1)
-        divisor_NB = torch.ones(len(self.keys), length_NB.shape[1], device=sum_BND.device)
-        for own, position in self.means:
-            divisor_NB[position] = length_NB[own].clamp(min=1)
-        return sum_BND / divisor_NB.T[:, :, None]
+        divisor_NB = torch.ones(len(keys), length_NB.shape[1], device=lengths.device)
+        for n, key in enumerate(keys):
+            if key in self.means:
+                divisor_NB[n] = length_NB[self.means[key]].clamp(min=1)
+        return divisor_NB.T[:, :, None]
 
 
 class C2ALModel(nn.Module):
