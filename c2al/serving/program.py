@@ -52,11 +52,13 @@ class Serving(nn.Module):
         self, keys: list[str], rows: int, values: Tensor, lengths: Tensor, weights: Tensor | None
     ) -> dict[str, Tensor]:
         """Key -> (B, dim) sum of the embeddings of each bag."""
+        if not keys:
+            return {}
         lengths_KB = lengths.view(len(keys), rows).to(torch.int64)
         counts = lengths_KB.sum(1).tolist()
         weights_of = [None] * len(keys) if weights is None else torch.split_with_sizes(weights, counts)
         sums = {}
-        for i, own in enumerate(torch.split_with_sizes(values, counts) if keys else ()):
+        for i, own in enumerate(torch.split_with_sizes(values, counts)):
             offsets = F.pad(lengths_KB[i].cumsum(0), (1, 0))
             sums[keys[i]] = self.sums(self.table_of[keys[i]], own, offsets, weights_of[i])
         return sums
