@@ -18,6 +18,8 @@ JOBS = {
     "evaluate": "NE, NE_diff, calibration and AUC with intervals",
     "describe": "layers, parameters and FLOPs of a configuration, in training and at serving",
     "export": "write and prove the serving artifact",
+    "predict": "predict raw rows with a serving artifact",
+    "serve-check": "compare an artifact's variants with the training model, and time them",
     "experiment": "arms against the baseline over paired seeds, with a report",
     "demo": "two experiments on synthetic impressions whose truth is known",
     "synth": "write synthetic impressions with planted cohorts",
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, description in JOBS.items():
         job = jobs.add_parser(name, help=description, description=description, allow_abbrev=False)
         if name == job_name:
-            module = importlib.import_module(f"c2al.jobs.{name}")
+            module = importlib.import_module(f"c2al.jobs.{name.replace('-', '_')}")
             module.add_arguments(job)
             if name in SETTINGS:
                 job.formatter_class, job.epilog = argparse.RawDescriptionHelpFormatter, help_text(SETTINGS[name])

@@ -124,6 +124,44 @@ def export(
     return _one_rank("export", args, j, image, max_retries, log_dir)
 
 
+def predict(
+    *args: str,
+    j: str = "1x1",
+    image: Optional[str] = None,  # noqa: UP045
+    max_retries: int = 0,
+    log_dir: Optional[str] = None,  # noqa: UP045
+) -> specs.AppDef:
+    """Predicts raw rows with a serving artifact, in one process.
+
+    Args:
+        args: arguments of `c2al predict`
+        j: 1x1; this job does not share its work
+        image: container image, where the scheduler runs containers
+        max_retries: restarts of the whole job by the scheduler
+        log_dir: folder for the output
+    """
+    return _one_rank("predict", args, j, image, max_retries, log_dir)
+
+
+def serve_check(
+    *args: str,
+    j: str = "1x1",
+    image: Optional[str] = None,  # noqa: UP045
+    max_retries: int = 0,
+    log_dir: Optional[str] = None,  # noqa: UP045
+) -> specs.AppDef:
+    """Compares the variants of a serving artifact with the training model, and times them, in one process.
+
+    Args:
+        args: arguments of `c2al serve-check`
+        j: 1x1; this job does not share its work
+        image: container image, where the scheduler runs containers
+        max_retries: restarts of the whole job by the scheduler
+        log_dir: folder for the output
+    """
+    return _one_rank("serve-check", args, j, image, max_retries, log_dir)
+
+
 def experiment(
     *args: str,
     j: str = "1x1",

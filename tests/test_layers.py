@@ -30,6 +30,7 @@ LAYERS = {
     "c2al.distributed": 6,
     "c2al.discovery": 7,
     "c2al.training": 7,
+    "c2al.model": 8,
     "c2al.evaluation": 7,
     "c2al.serving": 8,
     "c2al.report": 8,

@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from c2al.config import DataConfig
-from c2al.data.rows import Floats, Rows
+from c2al.data.rows import Floats, Rows, jagged_inputs, own_and_weighted, padded
 
 
 @dataclasses.dataclass
@@ -68,14 +67,12 @@ def collate(parts: Sequence[Rows], data: DataConfig, size: int, rows: int) -> Ba
     `rows` is what Batch.rows says. The tensors own their memory.
     """
     real = sum(len(p) for p in parts)
-    weighted = data.weighted_tables
+    own, weighted = own_and_weighted(data)
     tables = [p.carried for p in parts if p.carried is not None]
     return Batch(
         dense_BF=_padded([p.dense_NF for p in parts], real, size),
-        sparse=_jagged(parts, data, [i for i, f in enumerate(data.sparse) if f.table_name not in weighted], size),
-        weighted=_jagged(parts, data, [i for i, f in enumerate(data.sparse) if f.table_name in weighted], size, True)
-        if weighted
-        else None,
+        sparse=_jagged(parts, data, own, size),
+        weighted=_jagged(parts, data, weighted, size, True) if weighted else None,
         label_B=_padded([p.label_N for p in parts], real, size),
         weight_B=_padded([p.weight_N for p in parts], real, size),
         member_BC=_padded([p.member_NC for p in parts], real, size),
@@ -88,28 +85,15 @@ def _jagged(
     parts: Sequence[Rows], data: DataConfig, features: Sequence[int], size: int, weighted: bool = False
 ) -> KeyedJaggedTensor:
     """The sparse features at these positions of the config, of all rows, and their weights where asked for."""
-    lengths_KB = np.zeros((len(features), size), dtype=np.int32)
-    values, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
-    for key, feature in enumerate(features):
-        at = 0
-        for part in parts:
-            jagged = part.sparse[feature]
-            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
-            values.append(jagged.values_V)
-            if weighted:
-                ones = np.ones(len(jagged.values_V), dtype=np.float32)
-                weights.append(ones if jagged.weights_V is None else jagged.weights_V)
-            at += len(part)
+    values, lengths, *weights = map(torch.from_numpy, jagged_inputs(parts, features, size, weighted))
     return KeyedJaggedTensor(
         keys=[data.sparse[i].key for i in features],
-        values=torch.from_numpy(np.concatenate(values)),
-        lengths=torch.from_numpy(lengths_KB.reshape(-1)),
-        weights=torch.from_numpy(np.concatenate(weights)) if weighted else None,
+        values=values,
+        lengths=lengths,
+        weights=weights[0] if weighted else None,
         stride=size,
     )
 
 
 def _padded(parts: Sequence[Floats], real: int, size: int) -> torch.Tensor:
-    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
-    np.concatenate(parts, out=out[:real])
-    return torch.from_numpy(out)
+    return torch.from_numpy(padded(parts, real, size))

@@ -35,6 +35,8 @@ class Encoder:
     `columns` are what it reads; those in `dictionary` should come dictionary-encoded, so that a string
     is looked up once per distinct value, not once per row.
 
+    With `labelled` = False the rows need no label and no weight, as in serving.
+
     Raises DataError for statistics of another config, and while encoding for values that are not
     allowed.
     """
@@ -45,8 +47,10 @@ class Encoder:
         statistics: Statistics,
         cohorts: Sequence[CohortSpec],
         carry: Sequence[str],
+        labelled: bool = True,
     ):
         self._data = data
+        self._labelled = labelled
         self._moments = statistics.moments
         self._vocabularies = {
             f.table_name: _vocabulary(f, statistics) for f in data.sparse if f.encoding == "vocabulary"
@@ -59,7 +63,8 @@ class Encoder:
                 )
         self._cohorts = tuple(cohorts)
         self._carry = list(carry)
-        plain = {data.label, data.weight, *self.carried_columns} - {""}
+        targets = {data.label, data.weight} if labelled else set[str]()
+        plain = {*targets, *self.carried_columns} - {""}
         self.columns = sorted(plain | {f.column for f in data.dense} | {f.column for f in data.sparse})
         self.columns = sorted({*self.columns, *(f.weights for f in data.sparse if f.weights)})
         self.dictionary = sorted({f.column for f in data.sparse} - plain - {f.weights for f in data.sparse})
@@ -94,8 +99,10 @@ class Encoder:
                 else self._sparse(columns[f.column], f, where)
                 for f in data.sparse
             ),
-            labels(table[data.label], data.label, where),
-            weights(table[data.weight], data.weight, where) if data.weight else np.ones(rows, np.float32),
+            labels(table[data.label], data.label, where) if self._labelled else np.zeros(rows, np.float32),
+            weights(table[data.weight], data.weight, where)
+            if data.weight and self._labelled
+            else np.ones(rows, np.float32),
             member_NC,
             table.select(self._carry) if self._carry else None,
         )

@@ -6,12 +6,17 @@ or process changes the hash, and the tests hold values of it.
 
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from c2al.data.arrow_types import is_integral, is_text
+
+try:
+    import numba
+except ImportError:
+    # Serving needs torch, pyarrow and numpy only; the same arithmetic then runs on whole arrays.
+    numba = None
 
 KEY = b"0123456789123456"
 """SipHash's key. It is public: the hash spreads ids, it hides nothing."""
@@ -51,17 +56,23 @@ def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
         text = values.cast(pa.large_binary())
         _, offsets, data = text.buffers()
         offset_V = np.frombuffer(offsets or b"\0" * 8, np.int64)[text.offset :][: len(text) + 1]
-        _hash_strings(np.frombuffer(data or b"", np.uint8), offset_V, out)
+        hash_strings = _hash_strings_numpy if numba is None else _hash_strings
+        hash_strings(np.frombuffer(data or b"", np.uint8), offset_V, out)
         return out
     if not is_integral(values.type):
         raise TypeError(f"{values.type} has no hash")
     bits = values if pa.types.is_uint64(values.type) else values.cast(pa.int64())
-    _hash_words(bits.to_numpy(zero_copy_only=False).view(np.uint64), out)
+    words = bits.to_numpy(zero_copy_only=False).view(np.uint64)
+    if numba is None:
+        return np.asarray(splitmix64(words))
+    _hash_words(words, out)
     return out
 
 
 def _compiled(function: Any) -> Any:
-    """`function` compiled by numba; kept on disk where there is a place to write it."""
+    """`function` compiled by numba where it is installed; kept on disk where there is a place to write it."""
+    if numba is None:
+        return function
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # An install that cannot be written, and no home folder.
@@ -117,3 +128,31 @@ def _hash_strings(data, offset_V, out):  # type: ignore[no-untyped-def]
         for _ in range(4):
             a, b, c, d = _round(a, b, c, d)
         out[i] = _mix64(a ^ b ^ c ^ d)
+
+
+def _hash_strings_numpy(data: npt.NDArray[np.uint8], offset_V: npt.NDArray[np.int64], out: Any) -> None:
+    """`_hash_strings` in numpy: word by word, over all strings that have such a word."""
+    start_V, length_V = offset_V[:-1], np.diff(offset_V)
+    whole_V = length_V // 8
+    state = np.empty((4, len(out)), np.uint64)
+    state[0], state[1] = _KEY_0 ^ np.uint64(0x736F6D6570736575), _KEY_1 ^ np.uint64(0x646F72616E646F6D)
+    state[2], state[3] = _KEY_0 ^ np.uint64(0x6C7967656E657261), _KEY_1 ^ np.uint64(0x7465646279746573)
+    padded = np.concatenate([data, np.zeros(8, np.uint8)])
+    live = np.arange(len(out))
+    for w in range(int(whole_V.max(initial=-1)) + 1):
+        live = live[whole_V[live] >= w]
+        count = np.minimum(length_V[live] - 8 * w, 8)
+        byte_V8 = padded[(start_V[live] + 8 * w)[:, None] + np.minimum(np.arange(8), count[:, None])]
+        byte_V8[np.arange(8) >= count[:, None]] = 0
+        word = np.ascontiguousarray(byte_V8).view("<u8")[:, 0].astype(np.uint64)
+        last = whole_V[live] == w
+        word |= np.where(last, (length_V[live] & 255).astype(np.uint64) << np.uint64(56), np.uint64(0))
+        a, b, c, d = state[:, live]
+        d = d ^ word
+        a, b, c, d = _round(*_round(a, b, c, d))
+        state[:, live] = a ^ word, b, c, d
+    a, b, c, d = state
+    c = c ^ np.uint64(0xFF)
+    for _ in range(4):
+        a, b, c, d = _round(a, b, c, d)
+    out[:] = mix64(a ^ b ^ c ^ d)

@@ -5,10 +5,13 @@ Letters: N rows, F dense features, V values of a sparse feature over the rows.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from c2al.config import DataConfig
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -117,3 +120,51 @@ class Rows:
             np.concatenate([p.member_NC for p in parts]),
             pa.concat_tables(tables) if tables else None,
         )
+
+
+Arrays = npt.NDArray[Any]
+
+
+def model_inputs(parts: Sequence[Rows], data: DataConfig, size: int) -> tuple[Arrays, ...]:
+    """All rows of `parts`, padded to B = size, as an exported program takes them.
+
+    dense_BF, then values and lengths of the features whose table has no weights, then, where there are
+    any, values, lengths and weights of the others. Both come as in a KeyedJaggedTensor: feature by feature
+    in config order. A padding row has zeros and empty bags. Training batches are made of the same arrays.
+    """
+    own, weighted = own_and_weighted(data)
+    dense_BF = padded([p.dense_NF for p in parts], sum(len(p) for p in parts), size)
+    return dense_BF, *jagged_inputs(parts, own, size), *(jagged_inputs(parts, weighted, size, True) if weighted else ())
+
+
+def own_and_weighted(data: DataConfig) -> tuple[list[int], list[int]]:
+    """Positions of the sparse features whose table has no weights, and of the others."""
+    weighted = [i for i, f in enumerate(data.sparse) if f.table_name in data.weighted_tables]
+    return [i for i in range(len(data.sparse)) if i not in weighted], weighted
+
+
+def jagged_inputs(
+    parts: Sequence[Rows], features: Sequence[int], size: int, weighted: bool = False
+) -> tuple[Arrays, ...]:
+    """int64 values, int32 lengths (features * B), and if `weighted` float32 weights, of the features there."""
+    lengths_KB = np.zeros((len(features), size), dtype=np.int32)
+    values, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
+    for key, feature in enumerate(features):
+        at = 0
+        for part in parts:
+            jagged = part.sparse[feature]
+            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
+            values.append(jagged.values_V)
+            if weighted:
+                # Ones that take no memory of their own.
+                ones_V = np.broadcast_to(np.float32(1), len(jagged.values_V))
+                weights.append(ones_V if jagged.weights_V is None else jagged.weights_V)
+            at += len(part)
+    return np.concatenate(values), lengths_KB.reshape(-1), *([np.concatenate(weights)] if weighted else [])
+
+
+def padded(parts: Sequence[Floats], real: int, size: int) -> Floats:
+    """The arrays one after another, `real` rows in all, with rows of zeros up to `size`."""
+    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
+    np.concatenate(parts, out=out[:real])
+    return out

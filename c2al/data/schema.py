@@ -2,14 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import pyarrow as pa
 
 from c2al.config import DataConfig, SparseFeature
 from c2al.data.arrow_types import Category, category, decoded, family, is_list, is_number, is_text, leaf
-from c2al.data.source import File
 from c2al.errors import DataError
 from c2al.typed import hint
+
+
+class Columns(Protocol):
+    """What has a name and columns: a file, or a table in memory."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def schema(self) -> pa.Schema: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +33,9 @@ class Requirement:
     """What to say of a column that is not there and has no similar name."""
 
 
-def check_columns(files: Iterable[File], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True) -> None:
+def check_columns(
+    files: Iterable[Columns], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True
+) -> None:
     """Checks the whole contract of the data: everything that some job will need of `files`.
 
     These are the label, the weight, the row id (integer), the user id (integer or string), the time and
@@ -45,7 +56,7 @@ def check_columns(files: Iterable[File], data: DataConfig, carried: Sequence[str
     _check_shared(files, data)
 
 
-def _check_shared(files: Iterable[File], data: DataConfig) -> None:
+def _check_shared(files: Iterable[Columns], data: DataConfig) -> None:
     """One value must have one row in a shared table, so all its columns hold integers or all hold text."""
     for file in files:
         for name, features in data.tables.items():
@@ -60,17 +71,22 @@ def _check_shared(files: Iterable[File], data: DataConfig) -> None:
 
 
 def check_inputs(
-    files: Iterable[File], data: DataConfig, carried: Sequence[str] = (), kinds: Mapping[str, Category] | None = None
+    files: Iterable[Columns],
+    data: DataConfig,
+    carried: Sequence[str] = (),
+    kinds: Mapping[str, Category] | None = None,
+    labelled: bool = True,
 ) -> None:
     """Checks only what a reader of batches reads: label, weight, features and `carried`.
 
     `kinds` says what the sparse columns held in training (`Statistics.kinds`): an id that was an integer
-    there and is a string here would get another embedding row without a word.
+    there and is a string here would get another embedding row without a word. With `labelled` = False
+    there need be no label and no weight.
 
     Raises DataError as `check_columns`.
     """
     files = list(files)
-    _check(files, _inputs(data, labelled=True), carried)
+    _check(files, _inputs(data, labelled, weighted=labelled), carried)
     for file in files:
         for column, expected in (kinds or {}).items():
             kind = _type_of(file, column)
@@ -81,7 +97,7 @@ def check_inputs(
                 )
 
 
-def _check(files: Iterable[File], wanted: Sequence[Requirement], carried: Sequence[str]) -> None:
+def _check(files: Iterable[Columns], wanted: Sequence[Requirement], carried: Sequence[str]) -> None:
     families: dict[str, tuple[str, pa.DataType]] = {}
     exact: dict[str, tuple[str, pa.DataType]] = {}
     for file in files:
@@ -106,12 +122,12 @@ def _agree(a: pa.DataType, b: pa.DataType) -> bool:
     return family(a) == family(b) or (is_number(a) and is_number(b))
 
 
-def _inputs(data: DataConfig, labelled: bool) -> list[Requirement]:
+def _inputs(data: DataConfig, labelled: bool, weighted: bool = True) -> list[Requirement]:
     wanted = []
     if labelled:
         missing = "; the label (data.label, 0 or 1 per impression) is needed to train, score, export and evaluate"
         wanted.append(Requirement(data.label, "0 or 1 as a number (label)", is_number, missing))
-    if data.weight:
+    if data.weight and weighted:
         wanted.append(Requirement(data.weight, "a number (weight)", is_number))
     wanted += [Requirement(dense.column, "a number (dense feature)", is_number) for dense in data.dense]
     return wanted + [requirement for feature in data.sparse for requirement in _sparse(feature)]
@@ -142,7 +158,7 @@ def _is_id(kind: pa.DataType) -> bool:
     return not is_list(kind) and (is_text(leaf(kind)) or pa.types.is_integer(leaf(kind)))
 
 
-def _type_of(file: File, column: str, missing: str = "") -> pa.DataType:
+def _type_of(file: Columns, column: str, missing: str = "") -> pa.DataType:
     count = file.schema.names.count(column)
     if count > 1:
         raise DataError(f"{file.name}: column '{column}' is there {count} times")

@@ -56,18 +56,22 @@ class File:
         if column in self.partition:
             value = pa.scalar(self.partition[column], self.schema.field(column).type)
             return pa.chunked_array([pa.repeat(value, self.row_group_rows[row_group])])
-        values = table[column]
-        try:
-            if is_text(leaf(values.type)):
-                # Parquet's reader takes any bytes for text. Unchecked, they fail deep inside a job.
-                values.validate(full=True)
-            return converted(values, readable(values.type))
-        except pa.ArrowException as e:
-            raise DataError(f"{self.where(row_group)}: column '{column}' cannot be decoded: {e}") from e
+        return readable_column(table[column], column, self.where(row_group))
 
     def where(self, row_group: int) -> str:
         """How messages name a row group."""
         return f"{self.name}, row group {row_group}"
+
+
+def readable_column(values: pa.ChunkedArray, column: str, where: str) -> pa.ChunkedArray:
+    """The column with its `readable` type. Raises DataError naming the column whose text is not UTF-8."""
+    try:
+        if is_text(leaf(values.type)):
+            # Parquet's reader takes any bytes for text. Unchecked, they fail deep inside a job.
+            values.validate(full=True)
+        return converted(values, readable(values.type))
+    except pa.ArrowException as e:
+        raise DataError(f"{where}: column '{column}' cannot be decoded: {e}") from e
 
 
 def open_dataset(paths: Iterable[str]) -> tuple[File, ...]:

@@ -1,179 +1,216 @@
-"""The serving artifact, without auxiliary heads, and the proof that it is the model.
+"""The serving artifact of a run, and the proof that it is the training model without auxiliary prediction heads.
 
-Writes a folder:
-    model.pt2        torch.export program (dense_BF, values, lengths) -> prediction_B, any batch size; with
-                     weighted features also their values, lengths and weights
-    config.toml      what the features mean and how they are encoded
-    statistics.json  training statistics and vocabularies of that encoding
-    proof.json       rows compared with the training model, and the artifact's parameters
+The folder and its files are described in `c2al.serving.artifact`. A run is read only, also while it trains.
 """
 
-import io
-import itertools
-import json
-import shutil
+import importlib.metadata
+import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torch.export import ExportedProgram
 
-from c2al.config import Config, save_config
-from c2al.data.batch import Batch
+from c2al.config import dump_config, redacted_config
 from c2al.data.parquet import BatchReader
 from c2al.distributed.checkpoint import CheckpointReader, load_unsharded
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError
-from c2al.files import output_errors, write_atomically
-from c2al.training.model import AUXILIARY_PREFIX, C2ALModel, primary_prediction
+from c2al.files import new_folder
+from c2al.serving.artifact import (
+    METADATA,
+    METADATA_FORMAT,
+    PROOF,
+    PROOF_FORMAT,
+    SCHEMA,
+    SCHEMA_FORMAT,
+    VARIANTS,
+    VERSION,
+    Metadata,
+    Proof,
+    Schema,
+    Stored,
+    parse_defaults,
+)
+from c2al.serving.held_out import Digest, Sums
+from c2al.serving.predict import Program, load_program
+from c2al.serving.program import Int8Serving, Serving, save_compiled, save_program, traced
+from c2al.serving.reference import TrainingModel, arguments, batches, on_cpu
+from c2al.state import write_state
+from c2al.training.model import AUXILIARY_PREFIX, C2ALModel
 from c2al.training.run_folder import Run, open_run
 
 TASK_PREFIX = "model."
 """Of C2ALModel's parameters in a checkpoint, which holds a TrainTask."""
-
-
-class Serving(nn.Module):
-    """(dense_BF, values, lengths) -> prediction_B.
-
-    `values` are the ids of all sparse features, feature by feature in config order, and `lengths`
-    (features * B) how many of them each row has, as in a KeyedJaggedTensor. Features whose table has weights
-    are not among them; the other three arguments are their values, lengths and the values' weights.
-    """
-
-    def __init__(self, model: C2ALModel):
-        super().__init__()
-        self.model = model
-        own, weighted = [
-            [] if ebc is None else [key for table in ebc.embedding_bag_configs() for key in table.feature_names]
-            for ebc in (model.ebc, model.weighted_ebc)
-        ]
-        self.keys = [key for key in model.over.keys if key in own]
-        self.weighted_keys = [key for key in model.over.keys if key in weighted]
-
-    def forward(self, dense_BF: Tensor, values: Tensor, lengths: Tensor, *weighted: Tensor) -> Tensor:
-        sparse = KeyedJaggedTensor(keys=self.keys, values=values, lengths=lengths)
-        bags = None
-        if self.weighted_keys:
-            w_values, w_lengths, weights = weighted
-            bags = KeyedJaggedTensor(keys=self.weighted_keys, values=w_values, lengths=w_lengths, weights=weights)
-        return primary_prediction(self.model(dense_BF, sparse, bags))
+INT8_NE_BOUND = 1e-3
+"""Largest relative change of NE that eight-bit tables may make, unless the export says otherwise."""
+AOTI_NE_BOUND = 1e-5
+"""The same for the compiled program, which rounds otherwise but computes with the same numbers."""
+DISTRIBUTIONS = ("c2al", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 
 
 def export(
-    run_path: Path, data: Sequence[str], output: Path, world: World, checkpoint: Path | None = None
-) -> dict[str, Any]:
+    run_path: Path,
+    data: Sequence[str],
+    output: Path,
+    world: World,
+    checkpoint: Path | None = None,
+    variants: Sequence[str] = ("float", "int8"),
+    int8_ne_bound: float = INT8_NE_BOUND,
+    defaults: Sequence[str] = (),
+) -> Proof:
     """Writes the artifact and returns its proof.
 
-    Raises ConfigError when `output` exists or the world has more than one rank, CheckpointError
-    when the artifact is not the training model's primary head bit for bit.
+    `data` are held-out rows with labels. `defaults` are words COLUMN=VALUE (see `parse_defaults`).
+
+    Raises ConfigError for options that cannot be followed, OutputError when `output` exists or cannot
+    be written, BackendError for variant "aoti" without a compiler, and CheckpointError when the float
+    program differs from the training model in one bit, or another variant's NE by more than its bound.
     """
     if world.size > 1:
         raise ConfigError(f"export runs as one process, not {world.size}")
-    if output.exists():
-        raise ConfigError(f"{output}: exists; give another --output")
-    run = open_run(run_path)
-    path, loaded = _load_checkpoint(run, checkpoint, world)
-    # The objective's own state stands beside the model's.
-    state = {n.removeprefix(TASK_PREFIX): v for n, v in loaded.items() if n.startswith(TASK_PREFIX)}
-    training = _load(run.config, len(run.auxiliary), state, path)
-    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
-    serving = Serving(_load(run.config, len(run.auxiliary), served, path, serving=True)).eval()
-
-    reader = BatchReader(
-        data,
-        run.config.data,
-        run.statistics,
-        batch_size=run.config.train.batch_size,
-        rank=0,
-        world_size=1,
-        seed=run.config.seed,
-        shuffle=False,
-        shards=1,
-    )
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with output_errors(output):
-        partial.mkdir(parents=True)
-    try:
-        batches = iter(reader)
-        first = next(batches)
-        program = torch.export.export(
-            serving,
-            _arguments(first),
-            dynamic_shapes=_dynamic_shapes(serving),
+    if not 0 < int8_ne_bound < 1:
+        raise ConfigError(f"--int8-ne-bound: must lie between 0 and 1, is {int8_ne_bound}")
+    bounds = {"float": 0.0, "int8": int8_ne_bound, "aoti": AOTI_NE_BOUND}
+    wanted = {v: bounds[v] for v in VARIANTS if v in {"float", *variants}}
+    run = on_cpu(open_run(run_path))
+    schema = schema_of(run, defaults)
+    reader = batches(run.config, run, data)
+    with new_folder(output) as folder:
+        path, state, training = _load(run, checkpoint, world)
+        _write_programs(training, state, path, folder, wanted)
+        proof = _prove(folder, training, reader, path, wanted)
+        write_state(folder / SCHEMA, schema, format=SCHEMA_FORMAT, version=VERSION)
+        write_state(folder / PROOF, proof, format=PROOF_FORMAT, version=VERSION)
+        metadata = Metadata(
+            config=dump_config(redacted_config(run.config)),
+            cohorts=run.cohorts,
+            versions=_versions(),
+            files={file.name: Stored.of(file) for file in sorted(folder.iterdir())},
         )
-        artifact = io.BytesIO()  # writing to a disk that is full, torch would abort the process
-        torch.export.save(program, artifact)
-        write_atomically(partial / "model.pt2", artifact.getvalue())
-        proof = _prove(partial / "model.pt2", training, itertools.chain([first], batches), path)
-        write_atomically(partial / "proof.json", json.dumps(proof, indent=2) + "\n")
-        write_atomically(partial / "statistics.json", run.statistics.to_json())
-        save_config(run.config, partial / "config.toml")
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_state(folder / METADATA, metadata, format=METADATA_FORMAT, version=VERSION)
     return proof
 
 
-def _load_checkpoint(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[str, Tensor]]:
-    """The checkpoint that is exported and its weights: the one asked for, or the run's result."""
+def schema_of(run: Run, defaults: Sequence[str] = ()) -> Schema:
+    """What predicting needs to know of a run. Raises ConfigError for a default that its feature refuses."""
+    data = run.config.data
+    schema = Schema(
+        label=data.label,
+        weight=data.weight,
+        row_id=data.row_id,
+        batch_size=run.config.train.batch_size,
+        dense=data.dense,
+        sparse=data.sparse,
+        statistics=run.statistics,
+        defaults={},
+    )
+    schema.defaults.update(parse_defaults(list(defaults), schema))
+    return schema
+
+
+def _load(run: Run, checkpoint: Path | None, world: World) -> tuple[Path, dict[str, torch.Tensor], TrainingModel]:
+    """The checkpoint, its tensors by name in C2ALModel, and the training model; a run that trains may delete it."""
+
+    def load(path: Path) -> tuple[Path, dict[str, torch.Tensor], TrainingModel]:
+        training = TrainingModel(run, path, world)
+        # The objective's own state stands beside the model's.
+        loaded = load_unsharded(path).items()
+        return path, {n.removeprefix(TASK_PREFIX): t for n, t in loaded if n.startswith(TASK_PREFIX)}, training
+
     if checkpoint is not None:
-        return checkpoint, load_unsharded(checkpoint)
-    reader = CheckpointReader(run.checkpoints, world)
-    path, loaded = reader.with_newest(lambda p: (p, load_unsharded(p)), best=run.result_is_best)
+        return load(checkpoint)
+    loaded = CheckpointReader(run.checkpoints, world).with_newest(load, best=run.result_is_best)
     if run.result_is_best:
-        print(f"exporting {path}, the best checkpoint, since the run stops early", file=sys.stderr)
-    return path, loaded
+        print(f"exporting {loaded[0]}, the best checkpoint, since the run stops early", file=sys.stderr)
+    return loaded
 
 
-def _load(config: Config, cohorts: int, state: dict[str, Tensor], path: Path, *, serving: bool = False) -> C2ALModel:
-    model = C2ALModel(config, cohorts, table_device="cpu", serving=serving).eval()
+def _model(run: Run, state: dict[str, torch.Tensor], path: Path) -> C2ALModel:
+    """The model without auxiliary prediction heads, whose tables share memory with `state`."""
+    model = C2ALModel(run.config, len(run.auxiliary), serving=True).eval()
+    served = {name: value for name, value in state.items() if not name.startswith(AUXILIARY_PREFIX)}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(served, assign=True)
     except RuntimeError as e:
         raise CheckpointError(f"{path}: not a checkpoint of this model: {e}") from e
     return model
 
 
-def _dynamic_shapes(serving: Serving) -> tuple[Any, ...]:
-    """Any number of rows and of ids, as torch.export wants it."""
-    rows = Dim("rows", min=1)
-    shapes = ({0: rows}, {0: Dim("ids")}, {0: len(serving.keys) * rows})
-    if not serving.weighted_keys:
-        return shapes
-    ids = Dim("weighted_ids")
-    return (*shapes, ({0: ids}, {0: len(serving.weighted_keys) * rows}, {0: ids}))
+def _write_programs(
+    training: TrainingModel, state: dict[str, torch.Tensor], checkpoint: Path, folder: Path, wanted: dict[str, float]
+) -> None:
+    run = training.run
+    dense = len(run.config.data.dense)
+    program = traced(Serving(run.config, _model(run, state, checkpoint)), dense)
+    _check_parameters(program, state, checkpoint)
+    save_program(program, folder / VARIANTS["float"])
+    if "aoti" in wanted:
+        save_compiled(program, folder / VARIANTS["aoti"])
+    if "int8" in wanted:
+        int8 = traced(Int8Serving(run.config, _model(run, state, checkpoint)), dense)
+        save_program(int8, folder / VARIANTS["int8"])
 
 
-def _arguments(batch: Batch) -> tuple[Tensor, ...]:
-    own = batch.dense_BF, batch.sparse.values(), batch.sparse.lengths()
-    if batch.weighted is None:
-        return own
-    return (*own, batch.weighted.values(), batch.weighted.lengths(), batch.weighted.weights())
+def parameters_of(program: ExportedProgram) -> dict[str, int]:
+    """Name and size of every parameter, as a checkpoint names them."""
+    return {name.removeprefix("model."): value.numel() for name, value in sorted(program.state_dict.items())}
 
 
-def _prove(artifact: Path, training: C2ALModel, batches: Iterable[Batch], checkpoint: Path) -> dict[str, Any]:
-    """Reloads the artifact and compares it, on every held-out row, with the training model."""
-    program = torch.export.load(artifact)
-    module, rows = program.module(), 0
-    with torch.no_grad():
-        for batch in batches:
-            expected_B = primary_prediction(training(batch.dense_BF, batch.sparse, batch.weighted))
-            served_B = module(*_arguments(batch))
-            if not torch.equal(expected_B, served_B):
-                worst = (expected_B - served_B).abs().max().item()
-                raise CheckpointError(
-                    f"{checkpoint}: the artifact differs from the training model's primary head by up to {worst:g} "
-                    f"in rows {rows}..{rows + len(served_B)} of the held-out data"
-                )
-            rows += len(served_B)
-    parameters = sorted(name.removeprefix("model.") for name in program.state_dict)
-    baseline = sorted(name for name, _ in training.named_parameters() if not name.startswith(AUXILIARY_PREFIX))
+def _check_parameters(program: ExportedProgram, state: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    parameters = sorted(parameters_of(program))
+    baseline = sorted(name for name in state if not name.startswith(AUXILIARY_PREFIX))
     if parameters != baseline:
         raise CheckpointError(f"{checkpoint}: the artifact's parameters {parameters} are not the baseline's {baseline}")
-    return {"checkpoint": checkpoint.name, "rows_compared": rows, "parameters": parameters}
+
+
+def _prove(
+    folder: Path, training: TrainingModel, reader: BatchReader, checkpoint: Path, wanted: dict[str, float]
+) -> Proof:
+    """Loads every variant from its file and compares it, on every held-out row, with the training model."""
+    exported = torch.export.load(folder / VARIANTS["float"])
+    parameters = parameters_of(exported)
+    programs: dict[str, Program] = {v: load_program(folder / VARIANTS[v], v) for v in wanted}
+    sums = {variant: Sums() for variant in wanted}
+    digest, rows = Digest(), 0
+    with torch.no_grad():
+        for batch in reader:
+            real = batch.rows
+            expected_N = training.predict(batch)[:real]
+            label_N, weight_N = batch.label_B[:real].numpy(), batch.weight_B[:real].numpy()
+            for variant, program in programs.items():
+                sums[variant].update(program(*arguments(batch))[:real].numpy(), expected_N, label_N, weight_N)
+            if not sums["float"].bit_equal:
+                raise CheckpointError(
+                    f"{checkpoint}: the artifact differs from the training model's primary prediction head by up to "
+                    f"{sums['float'].max_difference:g} in rows {rows}..{rows + real} of the held-out data"
+                )
+            digest.update(expected_N)
+            rows += real
+    variants = {variant: sums[variant].compute(wanted[variant]) for variant in wanted}
+    for variant, proof in variants.items():
+        if abs(proof.ne_change) > proof.ne_bound:
+            raise CheckpointError(
+                f"{checkpoint}: variant '{variant}' changes NE on the held-out rows by {proof.ne_change:+.2e} of it, "
+                f"more than its bound {proof.ne_bound:g}"
+            )
+    return Proof(
+        checkpoint=checkpoint.name,
+        rows_compared=rows,
+        predictions_sha256=digest.hexdigest(),
+        ne=sums["float"].ne(sums["float"].reference_loss),
+        parameters=tuple(parameters),
+        parameter_count=sum(parameters.values()),
+        variants=variants,
+    )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -28,8 +28,13 @@ AUXILIARY_PREFIX = ("over.heads.auxiliary.", "over.encoder.auxiliary.", "over.he
 class OverArch(nn.Module):
     """Everything above the embedding tables.
 
-    Takes dense_BF and the pooled embeddings, returns logit_BT in float32. With `serving` T = 1, and there is
-    only what the primary task needs; its parameters are those of training without AUXILIARY_PREFIX.
+    Takes dense_BF, the summed embeddings and the lengths of the bags without weights, returns logit_BT in
+    float32. With `serving` T = 1, and there is only what the primary task needs; its parameters are those of
+    training without AUXILIARY_PREFIX.
+
+    It makes the means of mean-pooled features itself. torchrec's own mean of a table that is split by rows
+    divides by (length + 1e-6), and every other feature by (1 + 1e-6), so that predictions would depend on the
+    sharding plan, and a program without torchrec could not give them.
 
     model.wide adds w . [dense; vec(pooled)] to the primary logit (Wide & Deep, Cheng et al. 2016). A feature's
     weight times an id's embedding is one number per id, so the wide part needs no tables of its own. The
@@ -47,6 +52,15 @@ class OverArch(nn.Module):
         self.projections = nn.ModuleDict(
             {name: nn.Linear(dim, self.dim, bias=False) for name, dim in self.dims.items() if dim != self.dim}
         )
+        own = [f for f in data.sparse if f.table_name not in data.weighted_tables]
+        self.bags = len(own)
+        """Features whose table has no weights."""
+        self.means = {f.key: i for i, f in enumerate(own) if f.pooling == "mean"}
+        """Mean-pooled feature -> its position among those."""
+        plain = [key for name, keys in self.tables.items() if name not in self.projections for key in keys]
+        self.groups = [("", plain)] if plain else []
+        """(projection or none, keys): a group holds tables of one dim, so that it can be taken apart into features."""
+        self.groups += [(name, self.tables[name]) for name in self.projections]
         self.autocast = config.train.precision == "bfloat16"
         self.dense_arch = (
             DenseArch(len(data.dense), list(model.dense_hidden), model.dense_tokens, self.dim) if data.dense else None
@@ -66,8 +80,8 @@ class OverArch(nn.Module):
         self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden, combine)
         self.encoder.add_auxiliary(cohorts, serving)
 
-    def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor]) -> Tensor:
-        return self.logits(dense_BF, self._embeddings(pooled) if pooled else None)
+    def forward(self, dense_BF: Tensor, pooled: Sequence[KeyedTensor], lengths: Tensor | None = None) -> Tensor:
+        return self.logits(dense_BF, self._embeddings(pooled, lengths) if pooled else None)
 
     def interact(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         """What the DHEN layers put out, flattened: (B, out_fields * D)."""
@@ -89,25 +103,38 @@ class OverArch(nn.Module):
                 logit_BT = torch.cat([logit_BT[:, :1] + wide_B1, logit_BT[:, 1:]], dim=1)
         return logit_BT.float()
 
-    def _embeddings(self, pooled: Sequence[KeyedTensor]) -> Tensor:
-        """The pooled embeddings of all features in config order, each projected to D columns."""
+    def _embeddings(self, pooled: Sequence[KeyedTensor], lengths: Tensor | None = None) -> Tensor:
+        """`embeddings` of what the collections of tables put out."""
         # The column order of KeyedTensor.values() depends on the sharding plan: index by key.
-        if not self.projections:
-            (values_BE,) = KeyedTensor.regroup(list(pooled), [self.keys])
-            values_BND: Tensor = values_BE.view(-1, len(self.keys), self.dim)
-            return values_BND
-        # A group holds tables of one dim, so that it can be taken apart into features.
-        groups = [[key for name, keys in self.tables.items() if name not in self.projections for key in keys]]
-        groups = [group for group in groups if group] + [self.tables[name] for name in self.projections]
-        parts = KeyedTensor.regroup(list(pooled), groups)
-        names = [""] * (len(groups) - len(self.projections)) + list(self.projections)
+        parts = KeyedTensor.regroup(list(pooled), [keys for _, keys in self.groups])
+        sums = [v.view(v.shape[0], len(keys), -1) for v, (_, keys) in zip(parts, self.groups, strict=True)]
+        return self.embeddings(sums, lengths)
+
+    def embeddings(self, sums: Sequence[Tensor], lengths: Tensor | None) -> Tensor:
+        """The embeddings of all features (B, N, D) in config order, divided where they are means, and projected.
+
+        `sums` has for each of `groups` the sums of embeddings (B, keys, dim). `lengths` has for each feature
+        without weights, in config order, and each row of B how many embeddings the sum is of; without it
+        nothing is divided.
+        """
         of_key: dict[str, Tensor] = {}
-        for name, keys, values_BE in zip(names, groups, parts, strict=True):
-            part_BND = values_BE.view(values_BE.shape[0], len(keys), self.dims[name] if name else self.dim)
-            if name:
-                part_BND = self.projections[name](part_BND)
-            of_key |= dict(zip(keys, part_BND.unbind(1), strict=True))
+        for (name, keys), own_BNE in zip(self.groups, sums, strict=True):
+            if lengths is not None and not self.means.keys().isdisjoint(keys):
+                own_BNE = own_BNE / self._divisor(keys, lengths)
+            own_BND = self.projections[name](own_BNE) if name else own_BNE
+            if keys == self.keys:
+                return own_BND
+            of_key |= dict(zip(keys, own_BND.unbind(1), strict=True))
         return torch.stack([of_key[key] for key in self.keys], dim=1)
+
+    def _divisor(self, keys: Sequence[str], lengths: Tensor) -> Tensor:
+        """(B, keys, 1) by what a sum is divided: 1, or for a mean the length of its bag, and an empty one's by 1."""
+        length_NB = lengths.view(self.bags, -1)
+        divisor_NB = torch.ones(len(keys), length_NB.shape[1], device=lengths.device)
+        for n, key in enumerate(keys):
+            if key in self.means:
+                divisor_NB[n] = length_NB[self.means[key]].clamp(min=1)
+        return divisor_NB.T[:, :, None]
 
 
 class C2ALModel(nn.Module):
@@ -131,7 +158,7 @@ class C2ALModel(nn.Module):
         pooled = [] if self.ebc is None else [self.ebc(sparse)]
         if self.weighted_ebc is not None:
             pooled.append(self.weighted_ebc(weighted))
-        logit_BT: Tensor = self.over(dense_BF, pooled)
+        logit_BT: Tensor = self.over(dense_BF, pooled, sparse.lengths())
         return logit_BT
 
 
@@ -144,7 +171,7 @@ def _table(name: str, features: Sequence[SparseFeature], config: Config) -> Embe
         num_embeddings=feature.rows,
         embedding_dim=feature.dim or config.model.embedding_dim,
         feature_names=[f.key for f in features],
-        pooling=PoolingType.SUM if feature.pooling == "sum" else PoolingType.MEAN,
+        pooling=PoolingType.SUM,  # OverArch makes the means
         weight_init_min=None if bound is None else -bound,
         weight_init_max=bound,
     )

@@ -23,6 +23,8 @@ def inputs(tmp_path_factory) -> dict[str, list[str]]:
     run, scores, test = str(folder / "run"), str(folder / "scores"), config.data.test[0]
     assert main(["train", *c, "--output", run]) == 0
     assert main(["score", "--run", run, "--data", test, "--output", scores]) == 0
+    artifact = str(folder / "artifact")
+    assert main(["export", "--run", run, "--data", test, "--output", artifact, "--variants", "float"]) == 0
     ratings = folder / "ml-1m"
     ratings.mkdir()
     lines = {
@@ -43,6 +45,8 @@ def inputs(tmp_path_factory) -> dict[str, list[str]]:
         "evaluate": ["evaluate", *c, "--scores", scores, "--cohorts", str(write_cohorts(folder / "cohorts.json"))],
         "describe": ["describe", *c],
         "export": ["export", "--run", run, "--data", test],
+        "predict": ["predict", "--artifact", artifact, "--data", test],
+        "serve-check": ["serve-check", "--artifact", artifact, "--data", test, "--rounds", "1"],
         "experiment": ["experiment", *c],
         "demo": ["demo"],
         "synth": ["synth", "--rows", "200"],
@@ -84,5 +88,5 @@ def test_a_disk_that_is_full_is_said_and_nothing_is_left_half_written(job, input
     assert done.returncode == 2, done.stderr
     assert output.name in done.stderr
     assert "Traceback" not in done.stderr
-    finished = {"synth", "ingest", "score", "export"}
+    finished = {"synth", "ingest", "score", "export", "predict", "serve-check"}
     assert job not in finished or not any(tmp_path.iterdir())

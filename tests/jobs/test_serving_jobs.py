@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from c2al.__main__ import main
-from c2al.config import load_config, replace, save_config
+from c2al.config import load_config, parse_config, replace, save_config
 from c2al.data.parquet import BatchReader
 from c2al.data.scores_folder import check_marker
-from c2al.data.statistics import Statistics
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import ConfigError, DataError, OutputError
 from c2al.files import only_writer
+from c2al.serving.artifact import read_artifact
 from c2al.serving.export import export
 from c2al.training.score import score
 from c2al.training.trainer import train
@@ -64,10 +65,13 @@ def test_scores_are_the_inputs_rows_in_order(config, world, runs, tmp_path):
 @pytest.mark.parametrize("arm", ["baseline", "c2al"])
 def test_the_artifact_is_the_primary_head_and_nothing_else(config, world, runs, tmp_path, arm):
     proof = export(runs[arm], config.data.test, tmp_path / "artifact", world)
-    assert proof["rows_compared"] == 2048
+    assert proof.rows_compared == 2048
     baseline = {name.removeprefix("model.") for name in newest(runs["baseline"])}
-    assert set(proof["parameters"]) == baseline
-    assert json.loads((tmp_path / "artifact" / "proof.json").read_text()) == proof
+    assert set(proof.parameters) == baseline
+    artifact = read_artifact(tmp_path / "artifact")
+    assert artifact.proof == proof
+    assert [c.label for c in artifact.metadata.cohorts] == (["head", "tail"] if arm == "c2al" else [])
+    assert parse_config(tomllib.loads(artifact.metadata.config)).model == config.model
     score(runs[arm], config.data.test, tmp_path / "scores", world)
 
     # The artifact alone, fed by hand, must give what the sharded training model gave.
@@ -75,7 +79,7 @@ def test_the_artifact_is_the_primary_head_and_nothing_else(config, world, runs, 
     reader = BatchReader(
         config.data.test,
         config.data,
-        Statistics.from_json((tmp_path / "artifact" / "statistics.json").read_text()),
+        artifact.schema.statistics,
         batch_size=100,
         rank=0,
         world_size=1,
@@ -123,6 +127,7 @@ def test_overrides_reach_score(runs, tmp_path):
     [
         (["--model.layers", "3"], "model.layers: the model was trained with 2, it cannot be scored with 3"),
         (["--data.sparse", "[]"], "data.sparse: at least one sparse feature is needed"),
+        (["--data.sparse", '[{column = "user_id", num_embeddings = 7}]'], "data.sparse: the model was trained with"),
         (["--batch-size", "-5"], "--batch-size: must be at least 1, is -5"),
         (["--batch-size", "0"], "--batch-size: must be at least 1, is 0"),
         (["--axes", '[{name = "w", column = "weight"}]'], "the column 'weight' of the impressions would hide"),

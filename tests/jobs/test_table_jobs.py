@@ -13,6 +13,7 @@ from c2al.config import Config, parse_config, replace
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.distributed.process import process_group
 from c2al.serving.export import export
+from c2al.serving.predict import Predictor
 from c2al.training.score import score
 from c2al.training.trainer import train
 from impressions import tree, write_impressions
@@ -62,7 +63,9 @@ def test_every_job_takes_them(rich, world, tmp_path):
     assert plan["thing"]["sharding"] == "row_wise"
     score(tmp_path / "run", rich.data.test, tmp_path / "scores", world)
     proof = export(tmp_path / "run", rich.data.test, tmp_path / "artifact", world)
-    assert proof["rows_compared"] == 1024
+    assert proof.rows_compared == 1024
+    served = Predictor(tmp_path / "artifact").predict(pq.read_table(rich.data.test[0]))
+    assert np.array_equal(served, pq.read_table(tmp_path / "scores")["prediction"])
     # The weights say something: without them the predictions are others.
     prediction = np.asarray(pq.read_table(tmp_path / "scores")["prediction"])
     ones = tmp_path / "ones"

@@ -138,7 +138,7 @@ def test_any_number_of_cohorts_trains_scores_and_exports(config, world, tmp_path
         assert lifetime[label]["all"]["positives"] == lifetime["primary"][label]["positives"] > 0
     assert score(tmp_path / "run", config.data.test, tmp_path / "scores", world) == 2048
     proof = export(tmp_path / "run", config.data.test, tmp_path / "artifact", world)
-    assert not any("auxiliary" in name for name in proof["parameters"])
+    assert not any("auxiliary" in name for name in proof.parameters)
     extra = {n for n in weights(tmp_path / "run") if ".heads.auxiliary." in n}
     assert len(extra) == 2 * len(labels)
 

@@ -47,7 +47,7 @@ def test_it_trains_through_the_command_and_is_served_bit_for_bit(name, config, w
     proof = export(run, config.data.test, tmp_path / "artifact", world)
     newest = load_unsharded(max((run / "checkpoints").glob("step*")))
     trained = {n.removeprefix("model."): value for n, value in newest.items()}
-    assert set(proof["parameters"]) == {n for n in trained if not n.startswith(AUXILIARY_PREFIX)} < trained.keys()
+    assert set(proof.parameters) == {n for n in trained if not n.startswith(AUXILIARY_PREFIX)} < trained.keys()
     torch.manual_seed(resolved.seed)
     before = C2ALModel(resolved, 2).over.state_dict()
     assert not [n for n, value in before.items() if torch.equal(value, trained[f"over.{n}"])], "has not moved"

@@ -100,7 +100,7 @@ def test_training_ends_when_patience_does_and_the_best_weights_are_the_result(co
     ne = normalised_entropy(np.asarray(scores["prediction"]), np.asarray(scores["label"]))
     assert ne == pytest.approx(best, rel=1e-5), "the very weights that the best evaluation judged"
     proof = export(stopped, config.data.test, tmp_path / "artifact", world)
-    assert proof["checkpoint"] == f"step-{step:08d}"
+    assert proof.checkpoint == f"step-{step:08d}"
 
 
 def test_a_resumed_run_stops_where_the_uninterrupted_one_does(config, world, stopped, tmp_path):

@@ -11,7 +11,7 @@ from c2al.distributed.process import FRESH_STORE
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["train", "score", "discover", "experiment"]
-ALONE = ["evaluate", "export"]
+ALONE = ["evaluate", "export", "predict", "serve_check"]
 
 
 def dryrun(job: str, scheduler: str, options: dict, flags: list[str], words: tuple[str, ...] = ("--output", "a b")):
@@ -23,7 +23,7 @@ def dryrun(job: str, scheduler: str, options: dict, flags: list[str], words: tup
 
 def command(job: str, flags: list[str]) -> tuple[str, dict[str, str]]:
     request = dryrun(job, "local_cwd", {}, flags)
-    (replica,) = request.role_params[job]
+    (replica,) = request.role_params[job.replace("_", "-")]
     return replica.args[-1], replica.env
 
 
@@ -39,9 +39,9 @@ def test_a_job_runs_on_as_many_workers_as_asked(job):
 @pytest.mark.parametrize("job", ALONE)
 def test_a_job_that_does_not_share_its_work_refuses_workers(job):
     text, env = command(job, [])
-    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al -- {job} --output 'a b'")
+    assert text.endswith(f"--nproc_per_node 1 --tee 3 --role '' -m c2al -- {job.replace('_', '-')} --output 'a b'")
     assert env["PET_MAX_RESTARTS"] == "0"
-    with pytest.raises(ValueError, match=f"{job} runs as one process: -j 1x1, not 1x2"):
+    with pytest.raises(ValueError, match=f"{job.replace('_', '-')} runs as one process: -j 1x1, not 1x2"):
         command(job, ["-j", "1x2"])
 
 

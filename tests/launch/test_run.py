@@ -40,13 +40,17 @@ def test_a_run_is_trained_on_two_workers_and_scored(config, tmp_path):
     assert list((tmp_path / "scores").glob("*.parquet"))
 
 
-@pytest.mark.parametrize("job", ["train", "score", "discover", "evaluate", "export", "experiment"])
+@pytest.mark.parametrize(
+    "job", ["train", "score", "discover", "evaluate", "export", "predict", "serve_check", "experiment"]
+)
 def test_a_component_hands_every_argument_to_its_job(job, tmp_path):
     """Each word is one that torchrun could take for an abbreviation of its own; the job's own message comes back."""
     none = str(tmp_path / "none")
     words = {
         "score": ["--run", none, "--data", none],
         "export": ["--run", none, "--data", none],
+        "predict": ["--artifact", none, "--data", none],
+        "serve_check": ["--artifact", none, "--data", none],
         "discover": ["--config", none, "--scores", none],
         "evaluate": ["--config", none, "--scores", none],
     }.get(job, ["--config", none])
@@ -55,9 +59,11 @@ def test_a_component_hands_every_argument_to_its_job(job, tmp_path):
         *words,
         "--output",
         str(tmp_path / "o"),
-        flags=("--max_restarts", "0") if job not in ("evaluate", "export") else (),
+        flags=("--max_restarts", "0") if job not in ("evaluate", "export", "predict", "serve_check") else (),
     )
     assert done.returncode != 0
-    said = [line for line in (done.stderr + done.stdout).splitlines() if f"c2al {job}: {none}" in line]
+    said = [
+        line for line in (done.stderr + done.stdout).splitlines() if f"c2al {job.replace('_', '-')}: {none}" in line
+    ]
     assert said, done.stderr
     assert "torchrun" not in " ".join(said)

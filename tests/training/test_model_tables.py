@@ -57,3 +57,34 @@ def test_weights_start_within_the_declared_bound():
     net = model({"column": "a", "num_embeddings": 500, "init_scale": 0.001}, {"column": "b", "num_embeddings": 500})
     assert net.ebc.embedding_bags["a"].weight.abs().max() <= 0.001
     assert net.ebc.embedding_bags["b"].weight.abs().max() > 0.04
+
+
+def test_a_mean_is_divided_by_the_length_of_its_bag_and_nothing_else_is():
+    torch.manual_seed(0)
+    net = model(
+        {"column": "a", "num_embeddings": 5, "max_length": 3, "pooling": "mean", "dim": 4},
+        {"column": "c", "num_embeddings": 7, "weights": "w", "max_length": 3},
+        {"column": "b", "num_embeddings": 5, "max_length": 3},
+        {"column": "e", "num_embeddings": 5, "max_length": 3, "pooling": "mean"},
+    )
+    lengths = [3, 0, 2, 1, 0, 2]  # of a, b and e in two rows
+    sparse = KeyedJaggedTensor(keys=list("abe"), values=torch.arange(8) % 5, lengths=torch.tensor(lengths))
+    weighted = KeyedJaggedTensor(
+        keys=["c"], values=torch.tensor([1, 2, 3]), lengths=torch.tensor([2, 1]), weights=torch.tensor([0.5, 2.0, 3.0])
+    )
+    found_BND = net.over._embeddings([net.ebc(sparse), net.weighted_ebc(weighted)], sparse.lengths())
+
+    def mean(name: str, row: int) -> torch.Tensor:
+        bag = sparse[name].to_dense()[row]
+        rows = net.ebc.embedding_bags[name].weight[bag]
+        return rows.mean(0) if len(bag) else rows.sum(0)
+
+    for row in range(2):
+        c_RD, b_RD = net.weighted_ebc.embedding_bags["c"].weight, net.ebc.embedding_bags["b"].weight
+        expected = [
+            net.over.projections["a"](mean("a", row)),
+            0.5 * c_RD[1] + 2 * c_RD[2] if row == 0 else 3 * c_RD[3],
+            b_RD[sparse["b"].to_dense()[row]].sum(0),
+            mean("e", row),
+        ]
+        torch.testing.assert_close(found_BND[row], torch.stack(expected), rtol=1e-6, atol=1e-7)

@@ -157,7 +157,7 @@ def test_every_method_trains_scores_and_exports_a_baselines_parameters(config, t
         assert score(tmp_path / "run", own.data.test, tmp_path / "scores", world) == 1024
         proof = export(tmp_path / "run", own.data.test, tmp_path / "artifact", world)
         serving = C2ALModel(config, table_device="cpu")
-        assert proof["parameters"] == sorted(name for name, _ in serving.named_parameters())
+        assert list(proof.parameters) == sorted(name for name, _ in serving.named_parameters())
 
 
 def test_weight_change_is_measured_from_the_seeds_own_weights(config, tmp_path):
