@@ -17,8 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from c2al.config import load_config, parse_config, replace
 from c2al.data.synthetic import SynthConfig, synthesise
 from c2al.distributed.process import process_group
-from c2al.nn.objective import objective
-from c2al.training.model import C2ALModel, primary_prediction
+from c2al.model import C2ALModel, primary_prediction
+from c2al.nn.objective import objective, targets
 from c2al.training.score import score
 from c2al.training.trainer import train
 
@@ -34,7 +34,7 @@ def one_step() -> torch.Tensor:
             "model": {"embedding_dim": 8},
         }
     )
-    model = C2ALModel(config, auxiliary=True, table_device="cpu")
+    model = C2ALModel(config, cohorts=2, table_device="cpu")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 
     dense_BF = torch.tensor([[0.1], [-0.4], [1.2]])
@@ -45,10 +45,11 @@ def one_step() -> torch.Tensor:
         lengths=torch.ones(6, dtype=torch.int32),
     )
     label_B = torch.tensor([1.0, 0.0, 1.0])
-    member_B2 = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # in the head cohort, in the tail cohort
+    member_BC = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # in the head cohort, in the tail cohort
 
     logit_BT = model(dense_BF, sparse)
-    loss = objective(logit_BT, label_B, torch.ones(3), member_B2, lambda_head=0.2, lambda_tail=0.2, rows=3)
+    target_BT = targets(label_B, member_BC)
+    loss = objective(logit_BT, target_BT, torch.ones(3), lambda_C=(0.3, 0.3), rows=3)
     loss.total.backward()
     optimizer.step()
     return primary_prediction(model(dense_BF, sparse).detach())
