@@ -11,7 +11,7 @@ from c2al.config import Config, ModelConfig
 from c2al.nn.dense import DenseArch
 from c2al.nn.dhen import DHEN
 from c2al.nn.encoders import encoder_of
-from c2al.nn.objective import objective
+from c2al.nn.objective import objective, targets
 from c2al.nn.prediction_heads import Heads
 
 
@@ -145,5 +145,6 @@ class PlainStep:
         pooled_BND = self.table.lookup(c.row_V, c.bag_V, len(c.label_B))
         logit_BT = self.over(c.dense_BF, pooled_BND)
         head, tail = self.scales
-        weights = {"lambda_head": head, "lambda_tail": tail, "rows": len(c.label_B)}
-        return objective(logit_BT, c.label_B, c.weight_B, c.member_B2, **weights).total
+        cohorts = logit_BT.shape[1] - 1  # none in a baseline
+        target_BT = targets(c.label_B, c.member_B2[:, :cohorts])
+        return objective(logit_BT, target_BT, c.weight_B, lambda_C=(head, tail)[:cohorts], rows=len(c.label_B)).total

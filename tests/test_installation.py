@@ -27,7 +27,7 @@ def test_kernels_compile_where_the_package_is_read_only(tmp_path, home):
     if home == "read-only":
         (tmp_path / "home").chmod(0o555)
     code = (
-        "import os, c2al.discovery.histogram, c2al.discovery.codes\n"
+        "import os, c2al.discovery.histogram, c2al.discovery.digits\n"
         "assert not os.access(os.path.dirname(c2al.__file__), os.W_OK)\n"
         "print(c2al.__file__, os.environ.get('NUMBA_CACHE_DIR', ''))\n"
     )

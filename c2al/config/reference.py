@@ -91,7 +91,9 @@ def help_text(only: Collection[str], width: int = 100) -> str:
         lines += ["", f"{section.title}: {section.text}"]
         for setting in section.settings:
             lines.append(f"  {setting.path} {setting.title}")
-            lines += textwrap.wrap(setting.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(
+                setting.text, width, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+            )
     return "\n".join(lines)
 
 

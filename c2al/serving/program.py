@@ -11,6 +11,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
 from torch.nn import functional as F
@@ -112,7 +113,13 @@ def traced(serving: Serving, dense_features: int) -> ExportedProgram:
     # Without this setting torch.export takes sizes 0 and 1 for constants: it traces with a size of 2 or more,
     # assumes that the size is never 0 or 1, and the program refuses an empty batch and a batch of one.
     with fx_config.patch(backed_size_oblivious=True), torch.no_grad():  # type: ignore[attr-defined]
-        return torch.export.export(serving.eval(), tuple(arguments), dynamic_shapes=tuple(shapes))
+        try:
+            return torch.export.export(serving.eval(), tuple(arguments), dynamic_shapes=tuple(shapes))
+        except UserError as e:
+            reason = str(e).strip().splitlines()[0]
+            raise BackendError(
+                f"torch.export cannot make one program of this network for any number of rows: {reason}"
+            ) from e
 
 
 def _bags_to_trace(keys: list[str], rows: Any, name: str) -> tuple[list[Tensor], list[Any]]:

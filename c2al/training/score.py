@@ -65,6 +65,7 @@ def score(
     if config is not None:
         run = _with_config(run, config)
     partial = output.with_name(f".{output.name}.partial")
+    world.once(lambda: _make(output, partial))
     with sole_writer(partial, world):
         try:
             world.once(lambda: _prepare(output, partial))
@@ -75,6 +76,12 @@ def score(
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     return rows
+
+
+def _make(output: Path, partial: Path) -> None:
+    """Raises OutputError naming `output` when its folder cannot be made."""
+    with output_errors(output):
+        partial.mkdir(parents=True, exist_ok=True)
 
 
 def _with_config(run: Run, config: Config) -> Run:

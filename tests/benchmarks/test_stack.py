@@ -31,7 +31,7 @@ def test_over_arch_is_that_of_the_model(name, precision, auxiliary):
     dense_BF = torch.randn(7, len(config.data.dense))
     pooled_BND = torch.randn(7, len(shape.rows), config.model.embedding_dim)
     keyed = KeyedTensor(ours.keys, [ours.dim] * len(ours.keys), pooled_BND.flatten(1))
-    torch.testing.assert_close(plain(dense_BF, pooled_BND), ours(dense_BF, keyed), rtol=0, atol=0)
+    torch.testing.assert_close(plain(dense_BF, pooled_BND), ours(dense_BF, [keyed]), rtol=0, atol=0)
 
 
 def test_table_update_is_row_wise_adagrad_of_the_summed_gradients():

@@ -189,7 +189,7 @@ def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
     ("wrong", "said"),
     [
         ({"axes": [{"name": "a", "column": "surfcae"}]}, "surfcae"),
-        ({"data.row_id": "surface"}, "row_id"),
+        ({"data.time": "nowhere"}, "nowhere"),
     ],
 )
 def test_a_column_that_no_stage_could_use_is_refused_before_the_first_step(tmp_path, capsys, wrong, said):

@@ -48,6 +48,7 @@ def trained(config, world, folder: Path, steps: int, **overrides) -> tuple[Train
 
 def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
     """20 steps with dropout: losses to 1e-5, the same names in a checkpoint, and plain lines outside training."""
+    torch._dynamo.utils.counters.clear()  # of other tests in this process
     plain, expected = trained(config, world, tmp_path / "off", 20, **{"train.compile": "off", "model.dropout": 0.1})
     ours, losses = trained(config, world, tmp_path / "on", 20, **{"train.compile": "on", "model.dropout": 0.1})
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-5)
