@@ -34,7 +34,7 @@ def settings(name: str) -> dict:
 UNSERVED = pytest.mark.xfail(
     raises=BackendError,
     strict=True,
-    reason="torch.export takes one row for a constant in the stacked layer (docs/LOG.md)",
+    reason="torch.export takes one row for a constant in the stacked layer",
 )
 
 
