@@ -79,7 +79,12 @@ def fm_attention(
 def _products(x_BMD: Tensor, y: Tensor, layout: str, norm_eps: float | None) -> Tensor:
     """Eq. 3 in torch, then LayerNorm of the rows."""
     a_BPQ = x_BMD.mT if layout == "paper" else x_BMD
-    g_BPK = torch.bmm(a_BPQ, torch.matmul(a_BPQ.mT, y))
+    if layout == "wukong" and y.dim() == 2 and not y.requires_grad:
+        # matmul does just this here, but a program of torch.export with its expansion refuses a batch of one row.
+        t_BQK = torch.bmm(a_BPQ.mT, y.expand(x_BMD.shape[0], -1, -1))
+    else:
+        t_BQK = torch.matmul(a_BPQ.mT, y)
+    g_BPK = torch.bmm(a_BPQ, t_BQK)
     if norm_eps is None:
         return g_BPK
     # CUDA's autocast gives LayerNorm back in float32.

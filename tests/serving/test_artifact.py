@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from c2al.__main__ import main
+from c2al.config import parse_config
 from c2al.errors import BackendError, StateError
 from c2al.files import only_writer
 from c2al.serving.artifact import read_artifact
 from c2al.serving.predict import Predictor
-from c2al.serving.program import save_compiled
+from c2al.serving.program import Serving, save_compiled, traced
 from c2al.state import write_state
+from c2al.training.model import C2ALModel
+from impressions import tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +54,22 @@ def test_an_empty_batch_reaches_the_program_itself(served, variant):
     program = Predictor(served / "artifact", variant).program
     empty = program(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32))
     assert empty.shape == (0,)
+
+
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+@pytest.mark.parametrize("y", ["static", "mlp"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_fm_attention_is_served_for_any_number_of_rows(tmp_path, layout, y, precision):
+    model = {"embedding_dim": 8, "layers": 2, "fm": {"k": 4, "hidden": 16, "layout": layout, "y": y}}
+    model["interactions"] = ["fm_attention", "linear", "cross", "attention"]
+    config = parse_config({**tree(tmp_path), "model": model, "train": {"precision": precision}})
+    serving = Serving(config, C2ALModel(config, table_device="cpu", serving=True))
+    program = traced(serving, dense_features=1).module()
+    for rows in (0, 1, 2, 70):
+        bags = torch.zeros(4 * rows, dtype=torch.int64), torch.ones(4 * rows, dtype=torch.int32)
+        dense_BF = torch.randn(rows, 1)
+        with torch.no_grad():
+            assert torch.equal(program(dense_BF, *bags), serving(dense_BF, *bags))
 
 
 def test_the_programs_hold_no_operator_of_torchrec_or_fbgemm(served):
