@@ -45,6 +45,8 @@ def _only_our_own_warnings() -> None:
     warnings.filterwarnings("default", module=r"c2al\.")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     logging.getLogger("torchrec").setLevel(logging.ERROR)
+    # A filter, since torch resets the levels of its own loggers when it is imported.
+    logging.getLogger("torch._export.serde.serialize").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _print_any_name() -> None:

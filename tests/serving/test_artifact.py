@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from c2al.__main__ import main
 from c2al.config import parse_config
@@ -162,10 +163,12 @@ def test_options_of_export_that_cannot_be_followed_are_refused(served, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_no_compiler_is_named(served, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
+def test_no_compiler_is_named(served, tmp_path):
     program = torch.export.load(served / "artifact" / "model.pt2")
-    with pytest.raises(BackendError, match=r"variant 'aoti' needs a C\+\+ compiler"):
+    with (
+        inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}),
+        pytest.raises(BackendError, match=r"variant 'aoti' needs a C\+\+ compiler"),
+    ):
         save_compiled(program, tmp_path / "a.pt2")
 
 
