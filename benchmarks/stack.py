@@ -24,7 +24,7 @@ class Over(nn.Module):
         self.dense_arch = DenseArch(dense, list(model.dense_hidden), model.dense_tokens, dim) if dense else None
         self.dhen = DHEN(model, sparse + (model.dense_tokens if dense else 0))
         self.encoder = encoder_of(model, self.dhen.out_fields * dim)
-        self.heads = Heads(self.encoder.out_features, model.head_hidden, auxiliary, model.auxiliary_hidden)
+        self.heads = Heads(self.encoder.out_features, model.head_hidden, 2 if auxiliary else 0, model.auxiliary_hidden)
         self.encoder.add_auxiliary(int(auxiliary))
 
     def forward(self, dense_BF: Tensor, pooled_BND: Tensor) -> Tensor:

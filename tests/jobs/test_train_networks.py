@@ -9,7 +9,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from c2al.__main__ import main
 from c2al.config import load_config, replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
-from c2al.errors import BackendError
 from c2al.serving.export import export
 from c2al.training.model import AUXILIARY_PREFIX, C2ALModel
 from impressions import write_cohorts
@@ -31,14 +30,7 @@ def settings(name: str) -> dict:
     return {f"model.{field}": value for field, value in NETWORKS[name].items()}
 
 
-UNSERVED = pytest.mark.xfail(
-    raises=BackendError,
-    strict=True,
-    reason="torch.export takes one row for a constant in the stacked layer",
-)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=UNSERVED if n == "wukong" else ()) for n in NETWORKS])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_it_trains_through_the_command_and_is_served_bit_for_bit(name, config, world, tmp_path):
     save_config(config, tmp_path / "config.toml")
     words = [f"--{path}={json.dumps(value)}" for path, value in settings(name).items()]
