@@ -25,7 +25,7 @@ class Over(nn.Module):
         self.dhen = DHEN(model, sparse + (model.dense_tokens if dense else 0))
         self.encoder = encoder_of(model, self.dhen.out_fields * dim)
         self.heads = Heads(self.encoder.out_features, model.head_hidden, 2 if auxiliary else 0, model.auxiliary_hidden)
-        self.encoder.add_auxiliary(int(auxiliary))
+        self.encoder.add_auxiliary(2 if auxiliary else 0)
 
     def forward(self, dense_BF: Tensor, pooled_BND: Tensor) -> Tensor:
         with torch.autocast(dense_BF.device.type, torch.bfloat16, enabled=self.bfloat16):

@@ -25,7 +25,7 @@ def test_over_arch_is_that_of_the_model(name, precision, auxiliary):
     shape = SHAPES[name]()
     config = replace(shape.config, **{"train.precision": precision})
     torch.manual_seed(0)
-    ours = OverArch(config, auxiliary)
+    ours = OverArch(config, 2 if auxiliary else 0)
     plain = Over(config.model, len(config.data.dense), len(shape.rows), auxiliary, precision == "bfloat16")
     plain.load_state_dict(ours.state_dict())
     dense_BF = torch.randn(7, len(config.data.dense))
