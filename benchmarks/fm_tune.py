@@ -2,19 +2,24 @@
 
     python benchmarks/fm_tune.py [--seconds 90] [--output DIR]
 
-Times every configuration of a direction and shape that fits shared memory, with batch 16,384 and Y per sample:
-first those that ship (c2al/ops/triton/configurations.py), then the grid around them. Prints the share of the
-floor (fewest bytes over the bandwidth of a copy), and writes fm_tune.csv after every shape and direction, as the
-table from which configurations.py is amended. A grid point that spills is slow, one that does not fit
-is named. Without a GPU, --dry-run runs one shipped configuration of a tiny shape in Triton's interpreter
-(TRITON_INTERPRET=1). Imports torch, triton and c2al.ops alone.
+Times every configuration of a direction and shape that fits registers and shared memory, with batch 16,384 and Y
+per sample: those that ship (c2al/ops/triton/configurations.py) and the grid of both schedules. All are compiled
+first, in as many processes as the machine has cores. Prints the share of the floor (fewest bytes over the
+bandwidth of a copy), and writes fm_tune.csv after every shape and direction, as the table from which
+configurations.py is amended. A grid point that does not compile is named. Without a GPU, --dry-run
+runs one shipped configuration of a tiny shape in Triton's interpreter (TRITON_INTERPRET=1). Imports torch,
+triton and c2al.ops alone.
 
 Legend: A is p x q per sample, Y p x k.
 """
 
 import argparse
+import concurrent.futures
 import itertools
+import multiprocessing
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +28,15 @@ from machine import RESULTS, about, write_table
 
 from c2al.ops import fm_attention  # noqa: F401  (registers the op)
 from c2al.ops.triton import launch
-from c2al.ops.triton.configurations import SHARED_MEMORY, Configuration, configurations
+from c2al.ops.triton.configurations import BLOCKS_K, SHARED_MEMORY, Configuration, configurations
 
-SHAPES = ((64, 64, 16), (64, 28, 16), (64, 16, 8), (128, 128, 32), (256, 256, 64), (128, 512, 64), (512, 128, 32))
-TILES, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4)
+SHAPES = (
+    (64, 64, 16), (64, 16, 8), (64, 48, 16), (128, 128, 32),
+    (256, 256, 64), (128, 512, 64), (512, 128, 32), (27, 16, 24),
+)  # fmt: skip
+TILES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4)
+REGISTERS = 200
+"""Values a thread may hold by the count of `fits`: of more, most spill."""
 
 
 def main() -> None:
@@ -43,12 +53,14 @@ def main() -> None:
     bandwidth = 1e9 if arguments.dry_run else copy_bytes()
     shapes = ((8, 6, 2),) if arguments.dry_run else SHAPES
     deadline = time.monotonic() + arguments.seconds
+    work = {(d, shape): candidates(d, shape, arguments.dry_run) for shape in shapes for d in ("forward", "backward")}
+    if not arguments.dry_run:
+        compile_all([(d, shape, c) for (d, shape), found in work.items() for c in found], arguments.seconds / 2)
     rows: list[dict[str, Any]] = []
-    for shape, direction in itertools.product(shapes, ("forward", "backward")):
+    for (direction, shape), every in work.items():
         shipped = configurations(direction, *shape, "half")
-        grid = [] if arguments.dry_run else around(shipped[0], *shape) if shipped else []
         found = []
-        for c in [*shipped, *(g for g in grid if g not in shipped)][: 1 if arguments.dry_run else None]:
+        for c in every:
             if time.monotonic() > deadline:
                 break
             row = {
@@ -72,16 +84,51 @@ def main() -> None:
             write_table(arguments.output / "fm_tune.csv", rows)
 
 
-def around(c: Configuration, p: int, q: int, k: int) -> list[Configuration]:
-    """The grid of tiles, warps and stages of the schedule that this shape takes."""
+def candidates(direction: str, shape: tuple[int, int, int], dry_run: bool) -> list[Configuration]:
+    """What is timed: the shipped configurations first, then the grid of both schedules."""
+    p, q, k = shape
+    shipped = configurations(direction, p, q, k, "half")
+    if dry_run:
+        return shipped[:1]
+    block_k = next(block for block in BLOCKS_K if k <= block)
     grid = []
-    for tile, warps, stages in itertools.product(TILES, WARPS, STAGES):
-        blocks = {"block_q": tile} if c.schedule == "columns" else {"block_p": tile}
-        g = c._replace(**blocks, warps=warps, stages=stages)
-        staged = 2 * (g.block_p * g.block_k + g.block_q * g.block_k + stages * g.block_p * g.block_q)
-        if tile <= max(16, 2 * (q if c.schedule == "columns" else p)) and staged <= SHARED_MEMORY:
-            grid.append(g)
-    return grid
+    for schedule, held, streamed in (("columns", p, q), ("rows", q, p)):
+        held = max(16, 1 << (held - 1).bit_length())
+        for tile, warps, stages in itertools.product(TILES, WARPS, STAGES):
+            block_p, block_q = (held, tile) if schedule == "columns" else (tile, held)
+            c = Configuration(schedule, block_p, block_q, block_k, warps, stages)
+            # A loop of one turn has nothing to overlap.
+            if tile < 2 * streamed and (stages == 1 or tile < streamed) and fits(direction, c):
+                grid.append(c)
+    return [*shipped, *(c for c in grid if c not in shipped)]
+
+
+def fits(direction: str, c: Configuration) -> bool:
+    pk, qk, pq = c.block_p * c.block_k, c.block_q * c.block_k, c.block_p * c.block_q
+    gradients = 2 if direction == "backward" else 1
+    live = pk + gradients * qk + (pq if direction == "backward" else 0) + gradients * pk // 2
+    staged = 2 * (gradients * (pk + qk) + c.stages * pq)
+    return live <= REGISTERS * 32 * c.warps and live >= 4 * 32 * c.warps and 1.4 * staged <= SHARED_MEMORY
+
+
+def compile_all(jobs: list[tuple[str, tuple[int, int, int], Configuration]], seconds: float) -> None:
+    """Fills Triton's cache, so that the timing below compiles nothing."""
+    start = time.monotonic()
+    workers = os.cpu_count() or 1
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    running = [pool.submit(compile_one, *job) for job in jobs]
+    done, _ = concurrent.futures.wait(running, timeout=seconds)
+    pool.shutdown(wait=True, cancel_futures=True)
+    print(
+        f"{len(done)} of {len(jobs)} configurations compiled in {time.monotonic() - start:.0f} s by {workers} processes"
+    )
+
+
+def compile_one(direction: str, shape: tuple[int, int, int], c: Configuration) -> None:
+    try:
+        called(direction, shape, c, 64, "cuda")()
+    except Exception:  # told when it is timed
+        return
 
 
 def measure(
@@ -89,16 +136,7 @@ def measure(
 ) -> tuple[float, float]:
     """(seconds of a call, seconds of the fewest bytes) of one configuration."""
     p, q, k = shape
-    launch.configurations = lambda *_: [c]  # one candidate, which is not timed by the launcher
-    x = torch.randn(batch, q, p, dtype=torch.bfloat16, device=device)
-    y, grad = (torch.randn(batch, p, k, dtype=torch.bfloat16, device=device) for _ in range(2))
-    out, rstd = launch.forward(x, y, True, 1e-5) if direction == "forward" else (y, y[..., 0].float())
-
-    def call() -> object:
-        if direction == "forward":
-            return launch.forward(x, y, True, 1e-5)
-        return launch.backward(grad, x, y, out, rstd, True)
-
+    call = called(direction, shape, c, batch, device)
     elements = p * q + 2 * p * k if direction == "forward" else 2 * p * q + 4 * p * k
     floor = batch * elements * 2 / bandwidth
     if device == "cpu":
@@ -108,6 +146,20 @@ def measure(
     from triton.testing import do_bench
 
     return do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3, floor
+
+
+def called(
+    direction: str, shape: tuple[int, int, int], c: Configuration, batch: int, device: str
+) -> Callable[[], object]:
+    """One call of the kernel with this configuration."""
+    p, q, k = shape
+    launch.configurations = lambda *_: [c]  # one candidate, which is not timed by the launcher
+    x = torch.randn(batch, q, p, dtype=torch.bfloat16, device=device)
+    y, grad = (torch.randn(batch, p, k, dtype=torch.bfloat16, device=device) for _ in range(2))
+    if direction == "forward":
+        return lambda: launch.forward(x, y, True, 1e-5)
+    out, rstd = y, y[..., 0].float()
+    return lambda: launch.backward(grad, x, y, out, rstd, True)
 
 
 def copy_bytes() -> float:

@@ -4,7 +4,8 @@
 
 A step is the lookup in one merged table, dense arch, DHEN, prediction heads, Eq. 4, backward, row-wise
 Adagrad and fused Adam, on one batch that lies on the device. Variants: FM attention by torch's products
-("bmm") or by our op ("ours"); eager, compiled, or compiled and the whole step replayed as one CUDA graph; a
+("bmm") or by our op ("ours"); eager, compiled, compiled with
+CUDA graphs of torch.compile's own ("graphs": forward and backward) or with the whole step replayed as one; a
 baseline or C2AL with its two auxiliary prediction heads. Variants of a precision take turns.
 
 Roofline: the longer of FLOPs over the speed of a large matrix product in that precision and of bytes over the
@@ -35,7 +36,8 @@ from c2al.nn import interactions
 from c2al.ops.fm_attention import fm_attention
 
 OPS = {"bmm": functools.partial(fm_attention, backend="eager"), "ours": fm_attention}
-MODES = ("eager", "compiled", "graph")
+MODES = ("eager", "compiled", "graphs", "graph")
+COMPILE = {"eager": None, "compiled": "default", "graphs": "reduce-overhead", "graph": "default"}
 PRECISIONS = ("bfloat16", "tf32", "float32")
 WARM_UP = 3
 
@@ -78,7 +80,7 @@ def measure(name: str, precision: str, arguments: argparse.Namespace, deadline: 
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for mode in arguments.modes:
         for op, arm in (("bmm", "c2al"), ("ours", "c2al"), ("ours", "baseline")):
-            if time.monotonic() > deadline or (mode == "graph" and device == "cpu"):
+            if time.monotonic() > deadline or (mode.startswith("graph") and device == "cpu"):
                 continue
             key = (op, mode, arm)
             try:
@@ -102,7 +104,7 @@ def build(
     """(one step, what is known of it before it is timed)."""
     table.reset()  # so that equal variants start from equal weights and report equal losses
     torch.manual_seed(0)
-    step = PlainStep(shape.config, table, arm == "c2al", precision == "bfloat16", mode != "eager")
+    step = PlainStep(shape.config, table, arm == "c2al", precision == "bfloat16", COMPILE[mode])
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.monotonic()

@@ -81,7 +81,7 @@ class MergedTable:
         moment_V = self.moment_R[row_V] + grad_VD.square().mean(1)
         self.moment_R[row_V] = moment_V
         self.weight_RD[row_V] = self.weight_RD[row_V] - self.lr * grad_VD / (moment_V.sqrt() + self.eps)[:, None]
-        self._sum_RD[row_V] = 0.0
+        self._sum_RD.index_fill_(0, row_V, 0.0)  # an assignment would copy the 0 from the host, and wait
 
 
 class Columns:
@@ -107,7 +107,10 @@ class Columns:
 class PlainStep:
     """One training step: lookup, forward, Eq. 4, backward, table update, fused Adam."""
 
-    def __init__(self, config: Config, table: MergedTable, auxiliary: bool, bfloat16: bool, compiled: bool) -> None:
+    def __init__(
+        self, config: Config, table: MergedTable, auxiliary: bool, bfloat16: bool, compiled: str | None
+    ) -> None:
+        """`compiled`: a mode of torch.compile, or None."""
         data, optimizer, device = config.data, config.train.optimizer, table.weight_RD.device
         self.table = table
         self.over = Over(config.model, len(data.dense), len(data.sparse), auxiliary, bfloat16).to(device)
@@ -121,7 +124,9 @@ class PlainStep:
         )
         self.scales = (0.1, 0.1) if auxiliary else (0.0, 0.0)
         self.lambda_T = torch.tensor([1.0, *self.scales], device=device)[: 3 if auxiliary else 1]
-        self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False) if compiled else self._loss
+        self.loss = self._loss
+        if compiled:
+            self.loss = torch.compile(self._loss, fullgraph=True, dynamic=False, mode=compiled)
 
     def _loss(self, dense_BF: Tensor, pooled_BND: Tensor, label_B: Tensor, weight_B: Tensor, member_B2: Tensor):
         logit_BT = self.over(dense_BF, pooled_BND)

@@ -302,7 +302,7 @@ def in_memory(shape: Shape, arguments: argparse.Namespace, make: Callable[[Shape
 def _plain(shape: Shape, table: Any, bfloat16: bool, compiled: bool) -> Any:
     from stack import PlainStep
 
-    return PlainStep(shape.config, table, False, bfloat16, compiled)
+    return PlainStep(shape.config, table, False, bfloat16, "default" if compiled else None)
 
 
 def dlrm_step(shape: Shape, table: Any) -> Callable[[Any], torch.Tensor]:

@@ -1,18 +1,24 @@
 #!/bin/sh
 # Everything there is to know of a GPU, in under nine minutes, into the folder OUT.
-#   scripts/gpu_check.sh [--dry-run] OUT
+#   scripts/gpu_check.sh [--dry-run] [--only "PART PART"] OUT
 # Needs Python 3.12, torch, triton, numpy and pytest; no torchrec, no fbgemm, no network. PYTHON names the
 # interpreter. Every part has a time limit of its own and writes as it goes; a part that fails or runs out
 # of time does not stop the next, and summary.txt says how each ended. --dry-run does the same on a CPU, with tiny
-# shapes and Triton's interpreter. Exits with 1 when any part failed.
+# shapes and Triton's interpreter. --only runs the parts it names: tests tuning fm_attention fm_attention_norm
+# gpu_step. Exits with 1 when any part failed.
 set -u
 dry=
 if [ "${1:-}" = --dry-run ]; then
     dry=1
     shift
 fi
+only=
+if [ "${1:-}" = --only ] && [ $# -gt 1 ]; then
+    only=" $2 "
+    shift 2
+fi
 if [ $# -ne 1 ]; then
-    echo "usage: scripts/gpu_check.sh [--dry-run] OUT" >&2
+    echo 'usage: scripts/gpu_check.sh [--dry-run] [--only "PART PART"] OUT' >&2
     exit 2
 fi
 python=${PYTHON:-python3}
@@ -29,6 +35,7 @@ failed=0
 part() {
     name=$1 limit=$2
     shift 2
+    case "${only:- $name }" in *" $name "*) ;; *) return ;; esac
     start=$(date +%s)
     timeout -k 10 "$limit" "$@" >"$out/$name.txt" 2>&1
     code=$?
@@ -42,6 +49,8 @@ part() {
     tail -n 3 "$out/$name.txt"
 }
 
+workers=
+"$python" -c 'import xdist' 2>/dev/null && workers="-n 8" # most of the time goes to Triton's compiler
 tests="$python -m pytest -p no:cacheprovider -o addopts= -q --strict-markers --tb=short -rfE"
 if [ -n "$dry" ]; then
     part tests 200 env TRITON_INTERPRET=1 $tests tests/ops/triton_interpreter_cases.py -k "strided or flops"
@@ -51,11 +60,11 @@ if [ -n "$dry" ]; then
         --output "$out"
     part tuning 200 env TRITON_INTERPRET=1 "$python" benchmarks/fm_tune.py --dry-run --output "$out"
 else
-    part tests 130 $tests -m gpu tests/ops tests/nn
-    part fm_attention 90 "$python" benchmarks/fm_attention.py --device cuda --rounds 7 --seconds 70 --output "$out"
-    part fm_attention_norm 50 "$python" benchmarks/fm_attention.py --device cuda --rounds 7 --seconds 30 --norm \
+    part tests 130 $tests $workers -m gpu tests/ops tests/nn
+    part tuning 150 "$python" benchmarks/fm_tune.py --seconds 135 --output "$out"
+    part fm_attention 75 "$python" benchmarks/fm_attention.py --device cuda --rounds 7 --seconds 60 --output "$out"
+    part fm_attention_norm 40 "$python" benchmarks/fm_attention.py --device cuda --rounds 7 --seconds 25 --norm \
         --shapes 28,64,16 64,64,16 27,16,24 --output "$out"
-    part gpu_step 180 "$python" benchmarks/gpu_step.py --device cuda --seconds 140 --output "$out"
-    part tuning 80 "$python" benchmarks/fm_tune.py --seconds 70 --output "$out"
+    part gpu_step 160 "$python" benchmarks/gpu_step.py --device cuda --seconds 120 --output "$out"
 fi
 exit $failed

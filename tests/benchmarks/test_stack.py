@@ -70,7 +70,7 @@ def test_loss_is_the_objective_and_a_step_lowers_it(auxiliary):
     shape = SHAPES["tiny"]()
     table = MergedTable(shape.rows, 8, 0.05, 1e-8)
     torch.manual_seed(0)
-    step = PlainStep(shape.config, table, auxiliary, bfloat16=False, compiled=False)
+    step = PlainStep(shape.config, table, auxiliary, bfloat16=False, compiled=None)
     columns = Columns.random(3, table, shape.rows, shape.batch, "cpu")
     expected = step.reference_loss(columns)
     first = step(columns)

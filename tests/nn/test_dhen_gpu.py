@@ -16,7 +16,9 @@ def results(dhen, x_BMD, precision):
     x_BMD = x_BMD.clone().requires_grad_()
     with torch.autocast(x_BMD.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         out = dhen(x_BMD)
-    out.float().square().sum().backward()
+    # Not a norm: that of a normalised output is the same whatever the weights, and its gradient is rounding alone.
+    generator = torch.Generator().manual_seed(1)
+    (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device)).sum().backward()
     return [out.detach(), x_BMD.grad, *(p.grad for p in dhen.parameters())]
 
 
@@ -24,7 +26,9 @@ def results(dhen, x_BMD, precision):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
     """Relative Frobenius error: float32 accumulates some thousand roundings of 6e-8 through two layers and their
-    LayerNorms; bfloat16 is judged against the CPU's own distance to float32, on other roundings of the same size."""
+    LayerNorms; bfloat16 is judged against the CPU's own distance to float64, on other roundings of the same size.
+    The bias of linear compression shifts whole tokens, which LayerNorm takes out: its gradient is 0, and its error is
+    judged by the size of the others."""
     torch.manual_seed(0)
     every = ("fm_attention", "linear", "cross", "attention")
     config = ModelConfig(embedding_dim=16, interactions=every, layers=2, fm=FMConfig(layout=layout, k=8))
@@ -33,6 +37,8 @@ def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
     exact = results(copy.deepcopy(dhen).double(), x_BMD.double(), "float32")
     cpu = results(copy.deepcopy(dhen), x_BMD, precision)
     gpu = results(dhen.cuda(), x_BMD.cuda(), precision)
+    scale = torch.stack([e.norm() for e in exact[2:]]).median()
     for a, c, e in zip(gpu, cpu, exact, strict=True):
-        error = (a.cpu().double() - e).norm() / e.norm()
-        assert error <= (1e-4 if precision == "float32" else 1.5 * (c.double() - e).norm() / e.norm() + 1e-3)
+        size = torch.maximum(e.norm(), 0.1 * scale)
+        error, of_cpu = (a.cpu().double() - e).norm() / size, (c.double() - e).norm() / size
+        assert error <= (1e-4 if precision == "float32" else 1.5 * of_cpu + 1e-3)
