@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from c2al.config import Config, replace
 from c2al.data.cohorts import write_cohorts
+from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
 from c2al.experiment.folder import Result, claim, read_result, write_result
 from c2al.experiment.plan import Trial, baseline_trials
@@ -67,7 +68,8 @@ class Bench:
             cohorts = self._cohorts_file(trial) if trial.cohorts else None
             ne = train(replace(trial.config, seed=seed), folder / "run", self.world, cohorts, self._fitted)
             seconds = time.monotonic() - begun
-            self.world.once(lambda: write_result(folder, Result(ne, 0, seconds)))
+            steps = CheckpointReader(folder / "run" / "checkpoints", self.world).finished()[-1][1].step
+            self.world.once(lambda: write_result(folder, Result(ne, steps, seconds)))
 
         return self.do(folder, lambda: read_result(folder), work, wait)
 

@@ -86,6 +86,14 @@ def test_it_ends_with_a_report_and_every_number_behind_it(done):
     assert proof["rows_compared"] == 2048
 
 
+def test_a_result_says_how_many_steps_were_done(done):
+    results = list((done / "out" / "trainings").glob("*/seed_*/result.json"))
+    assert results
+    for path in results:
+        records = (path.parent / "run" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(path.read_text())["steps"] == json.loads(records[-1])["step"] > 0
+
+
 def test_all_arms_of_a_seed_start_from_the_same_weights_and_read_the_same_batches(done):
     """The primary task before the first update: logits to the bit, the loss to the rounding of its float32 mean, which
     one and several tasks sum in another order."""
