@@ -1,6 +1,7 @@
 """Pieces of the page: every word from data is escaped here, every number is formatted here."""
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from c2al.report.style import CSS
 from c2al.text import terminal
 
 MINUS = "−"
+_JOINT = re.compile(r"(?<=[A-Za-z][._])(?=[A-Za-z])")
+"""Where a name such as optimizer.sparse_lr may go on in the next line of a narrow column."""
 
 
 def page(title: str, body: str) -> str:
@@ -59,7 +62,10 @@ def table(
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=text' if i in text else ''}>{escaped(cell)}</{tag}>" for i, cell in enumerate(cells)
+            f"<{tag} class=text>{_JOINT.sub('<wbr>', escaped(cell))}</{tag}>"
+            if i in text
+            else f"<{tag}>{escaped(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
         )
 
     body = "".join(

@@ -8,6 +8,8 @@ from c2al.report.record import ArmRecord, Record
 FORM = "{:+.3%}"
 MOST_SENTENCES = 4
 """Further arms that get a sentence of their own; more are counted."""
+MOST_SEGMENTS = 3
+"""Segments that an arm harms and that are named, those of most rows first."""
 _SAID = {
     "lower": "{arm} lowers test NE against {against}",
     "higher": "{arm} raises test NE against {against}",
@@ -46,13 +48,37 @@ def findings(record: Record) -> list[str]:
     return [f"Not trained: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
 
 
+def harmed(evaluation: Evaluation, arm: ArmRecord, other: ArmRecord) -> list[str]:
+    """The segments whose NE the arm raises, in one sentence; none where there is no such segment.
+
+    An NE_diff on the whole test set may hide them: what the cohorts gain, the rows outside may pay.
+    """
+    segments = [s for s in evaluation.segments if s.axis not in (OVERALL, COHORT)]
+    found = [(s, d.estimates["ne"].value, d.judgement) for s in segments for d in [s.difference(arm.name, other.name)]]
+    worse = [(s, v, j) for s, v, j in found if v is not None and j is not None and j.verdict == "higher"]
+    worse.sort(key=lambda found: -found[0].rows)
+    named = [
+        f"{s.axis} = {s.name} ({s.rows:,} rows) {number(v, FORM)}, corrected {evaluation.confidence:.0%} interval "
+        f"{between(j.corrected_interval, FORM)}"
+        for s, v, j in worse[:MOST_SEGMENTS]
+    ]
+    if not named:
+        return []
+    more = f"; and {len(worse) - len(named)} smaller ones" if len(worse) > len(named) else ""
+    return [
+        f"{arm.name} raises NE against {other.name} in {len(worse)} of {len(segments)} segments: "
+        f"{'; '.join(named)}{more}."
+    ]
+
+
 def sentences(record: Record, evaluation: Evaluation) -> list[str]:
-    """The verdict in words: main arm, against its placebo, findings, the other arms."""
+    """The verdict in words: main arm, against its placebo, where it harms, findings, the other arms."""
     said = []
     if main := record.main:
         said.append(against(evaluation, main, record.baseline))
         if record.placebo:
             said.append(against(evaluation, main, record.placebo))
+        said += harmed(evaluation, main, record.baseline)
     said += findings(record)
     others = [a for a in record.done if a is not main]
     if len(others) <= MOST_SENTENCES:

@@ -15,13 +15,13 @@ from torch import nn
 
 from c2al.config import parse_config, save_config
 from c2al.errors import C2ALError
-from c2al.evaluation.result import read_evaluation
+from c2al.evaluation.result import Segment, read_evaluation
 from c2al.experiment.run import evaluate_record
 from c2al.nn.interactions import StaticY, YSource
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
-from c2al.report.record import ArmRecord, Record, TrialRecord
-from c2al.report.verdict import sentence
+from c2al.report.record import ArmRecord, Record, TrialRecord, read_record
+from c2al.report.verdict import harmed, sentence
 from c2al.training.diagnostics import YRecorder
 
 HOSTILE = '<script>parent.ran = alert("tab")</script>'
@@ -227,6 +227,8 @@ class Page(html.parser.HTMLParser):
         assert not [tag for tag in self._open if tag not in self.VOID]
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "wbr":  # in the middle of a word
+            return
         found = dict(attributes)
         self._open.append(tag)
         match tag:
@@ -408,6 +410,45 @@ def test_the_words_do_not_follow_the_plain_interval(experiment: Path):
     plain = dataclasses.replace(difference, estimates={**difference.estimates, "ne": lower})
     assert sentence(plain, 0.95) == sentence(difference, 0.95)
     assert sentence(plain, 0.95).startswith("No difference shown between placebo and baseline")
+
+
+def test_the_verdict_names_the_segments_that_the_arm_harms(experiment: Path):
+    """A gain on the whole test set may be paid for outside the cohorts; only what passes the correction is named."""
+    evaluation, record = read_evaluation(experiment / "evaluation" / "evaluation.json"), read_record(experiment)
+    judged = {"feed": ("higher", 0.02), "search": ("no difference shown", 0.03), "full": ("higher", 0.01)}
+
+    def changed(s: Segment) -> Segment:
+        verdict, value = judged.get(s.name, ("lower", -0.01))
+        d = s.difference("c2al", "baseline")
+        if d.judgement is None:
+            return s
+        estimates = {**d.estimates, "ne": dataclasses.replace(d.estimates["ne"], value=value)}
+        interval = (value - 0.005, value + 0.005)
+        judgement = dataclasses.replace(d.judgement, verdict=verdict, corrected_interval=interval)
+        return dataclasses.replace(s, differences=(dataclasses.replace(d, estimates=estimates, judgement=judgement),))
+
+    made = dataclasses.replace(evaluation, segments=tuple(map(changed, evaluation.segments)))
+    feed, full = (next(s.rows for s in made.segments if s.name == n) for n in ("feed", "full"))
+    one = f"tab = feed ({feed:,} rows) +2.000%, corrected 95% interval +1.500% to +2.500%"
+    two = f"degree = full ({full:,} rows) +1.000%, corrected 95% interval +0.500% to +1.500%"
+    listed = "; ".join(text for _, text in sorted([(feed, one), (full, two)], reverse=True))
+    arm = next(a for a in record.arms if a.name == "c2al")
+    assert harmed(made, arm, record.baseline) == [
+        f"c2al raises NE against baseline in 2 of {len(made.segments) - 3} segments: {listed}."
+    ]
+    assert harmed(evaluation, arm, record.baseline) == []
+
+
+def test_the_page_names_the_segments_that_the_arm_harms(tmp_path: Path):
+    make_experiment(tmp_path, {"c2al": ("chosen", -0.6)}, seeds=(0, 1, 2))
+    assert re.search(
+        r"c2al raises NE against baseline in \d of \d segments: (tab|degree) = ", Page(write_report(tmp_path)).words
+    )
+
+
+def test_a_long_name_breaks_at_its_joints(experiment: Path):
+    text = write_report(experiment).read_text()
+    assert "auxiliary_<wbr>lambda = 0.3" in text
 
 
 def test_one_seed_is_said_as_such(tmp_path: Path):
