@@ -4,7 +4,7 @@
 
 The baseline and every arm (the first combination of its `select`) take turns on batches in memory, everything a step
 does included: pipeline, tasks' gradients, update, metrics, and the Gramian on steps that are logged. The time is CPU
-time of this process. Other work on the machine can only add to it (caches, a core shared by two threads), so the fastest
+time of this process. Other work on the machine only adds to it (caches, a core shared by two threads), so the fastest
 round of an arm is set against the fastest of the baseline; the median of the ratios round by round stands beside it and
 says how quiet the machine was. Parameters and FLOPs are those of `c2al describe`. Arms with cohorts other than chosen
 ones take the chosen ones: the cost is the same.
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="TOML configuration of the experiment")
     parser.add_argument("--cohorts", type=Path, required=True, help="cohorts.json that its discovery wrote")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=50, help="steps of each arm in a round")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "arms.csv")
