@@ -19,6 +19,7 @@ LAYERS = {
     "c2al.text": 0,
     "c2al.typed": 0,
     "c2al.files": 1,
+    "c2al.compiled": 2,
     "c2al.state": 2,
     "c2al.config": 3,
     "c2al.configs": 0,
