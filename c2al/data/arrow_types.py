@@ -4,7 +4,7 @@
 of numbers exist at the door only. None of the questions looks into a dictionary unless it says so.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -129,7 +129,7 @@ def float32_rounded_down(array: pa.Array) -> npt.NDArray[np.float32]:
 
     An integer is at least a float32 c exactly when this is.
     """
-    integer_N = np.from_dlpack(array.fill_null(0) if array.null_count else array)
+    integer_N: npt.NDArray[Any] = np.from_dlpack(array.fill_null(0) if array.null_count else array)
     value_N = integer_N.astype(np.float32)
     # Every integer up to 2^24 is a float32.
     if max(-int(integer_N.min(initial=0)), int(integer_N.max(initial=0))) > 2**24:

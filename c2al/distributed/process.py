@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -58,12 +58,21 @@ class World:
         """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any.
 
         `function` may take any time: the other ranks wait for as long as this one shows that it is
-        alive. One that takes minutes should call `board.raise_if_another_left` now and then.
+        alive. A loop in it that takes minutes goes over `watched` items.
         An OSError becomes an OutputError, so that every rank leaves with the same exit code.
         """
         result, error = self.board.round(function, group.group_name if group else MAIN)
         self.agree(error, group)
         return cast(T, result)
+
+    def watched(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items. Raises, before the next one, the error of another rank that has left because of it.
+
+        For long loops in `together`, which would else go on for nothing until they end.
+        """
+        for item in items:
+            self.board.raise_if_another_left()
+            yield item
 
     def once(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it.
@@ -78,7 +87,7 @@ class World:
 
         `items` must be the same on every rank. Raises on every rank if `function` does on any.
         """
-        mine = self.together(lambda: [function(item) for item in items[self.rank :: self.size]])
+        mine = self.together(lambda: [function(item) for item in self.watched(items[self.rank :: self.size])])
         everyone: list[list[T]] = [[]] * self.size
         dist.all_gather_object(everyone, mine, group=self.control)
         return [everyone[i % self.size][i // self.size] for i in range(len(items))]

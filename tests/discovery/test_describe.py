@@ -107,9 +107,7 @@ def test_an_edge_that_float32_would_move_past_integers_is_refused():
     for edge in (2.0**24 + 1, 2.0**25 + 3, 1.7e18):
         with pytest.raises(CohortError, match=r"'views': edges are float32, which does not hold"):
             cut(edge)
-    with pytest.raises(
-        CohortError, match="16777217; the nearest that it holds are 16777216 and 16777218"
-    ):
+    with pytest.raises(CohortError, match="16777217; the nearest that it holds are 16777216 and 16777218"):
         cut(16777217.0)
 
 
