@@ -154,6 +154,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
     device = _device(config.device, local_rank)
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     adopted = dist.is_initialized()
+    before = {name: os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     if not adopted:
         _initialise("nccl" if device.type == "cuda" else "gloo", timeout)
     world: World | None = None
@@ -181,6 +182,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
             yield world
     finally:
         closed = [close(CLOSE_SECONDS) for close in world._closers] if world else []
+        _restore_environment(before)
         if not adopted and all(closed):
             dist.destroy_process_group()
 
@@ -203,6 +205,15 @@ def _alike(world: World) -> Iterator[None]:
     except BaseException as e:
         world.board.leave_error(e)
         raise
+
+
+def _restore_environment(before: dict[str, str | None]) -> None:
+    """Else what this process starts later takes itself for a rank."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _device(choice: str, local_rank: int) -> torch.device:

@@ -1,5 +1,6 @@
 """Rendezvous, and how ranks fail together."""
 
+import contextlib
 import datetime
 import os
 import socket
@@ -45,6 +46,18 @@ def test_a_process_nobody_launched_is_a_world_of_one():
         world.barrier()
         world.agree(None)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_the_environment_is_as_before_once_a_process_is_no_rank_any_more(before, monkeypatch):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+    with contextlib.suppress(DataError), process_group(CPU):
+        assert os.environ["LOCAL_WORLD_SIZE"] == "1"
+        raise DataError("an error on the way")
+    assert {os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {before}
 
 
 def launched(port: int) -> tuple[int, int, float, str, bool]:
