@@ -13,7 +13,7 @@ demo: $(VENV)/.cpu-base
 	$(BIN)/c2al demo --output runs/demo
 
 test: $(VENV)/.cpu-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.cpu-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

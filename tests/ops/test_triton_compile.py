@@ -36,8 +36,16 @@ def assert_no_spill(results):
 
 
 def test_every_shipped_configuration():
+    """Each in one of the four variants that can be its costliest, in turn."""
     results = compile_all(timeout=600)
     assert len(results) > 100
+    assert_no_spill(results)
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_in_its_costliest_variants():
+    results = compile_all("--costliest", timeout=1200)
+    assert len(results) > 400
     assert_no_spill(results)
 
 

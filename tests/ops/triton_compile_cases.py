@@ -1,10 +1,10 @@
 """Compiles the shipped kernel configurations for sm_90 and prints one JSON line each. No GPU needed.
 
-    python triton_compile_cases.py [--variants]
+    python triton_compile_cases.py [--costliest | --variants]
 
-A configuration is compiled for a full block in the variants that can be its costliest: both layouts,
-with and without LayerNorm, and with shared Y backward, whose dY lives across samples. --variants
-compiles every variant instead.
+A configuration is compiled for a full block. Four variants can be its costliest: both layouts, with and
+without LayerNorm, and with shared Y backward, whose dY lives across samples. Of these each configuration
+gets one, in turn; with --costliest, all four. --variants compiles every variant instead.
 """
 
 import itertools
@@ -63,20 +63,22 @@ def usage(case):
     return registers, stack, compiled.metadata.shared
 
 
-def cases(variants):
-    for direction, precision, config in shipped():
+def cases(which):
+    variants = which == "--variants"
+    for number, (direction, precision, config) in enumerate(shipped()):
         elements = {"half": ("bf16", "fp16") if variants else ("bf16",)}.get(precision, ("fp32",))
         for element in elements:
             if variants:
                 for flags in itertools.product((True, False), repeat=3):
                     yield (direction, precision, config, *flags, element)
             else:
-                for paper, norm in itertools.product((True, False), repeat=2):
+                costliest = list(itertools.product((True, False), repeat=2))
+                for paper, norm in costliest if which == "--costliest" else [costliest[number % 4]]:
                     yield (direction, precision, config, paper, direction == "backward", norm, element)
 
 
 def main():
-    todo = list(cases("--variants" in sys.argv))
+    todo = list(cases(sys.argv[1] if len(sys.argv) > 1 else ""))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # cold, so that what is measured is what this source gives
         with get_context("fork").Pool(2) as pool:
