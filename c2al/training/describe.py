@@ -146,10 +146,14 @@ def _flops(over: OverArch, config: Config, *, backward: bool) -> dict[str, _Part
     parts = dict(_parts("over", over))
     hooks = [m.register_forward_pre_hook(entered(n)) for n, m in parts.items()]
     hooks += [m.register_forward_hook(left) for m in parts.values()]
-    features, keys = len(config.data.dense), len(over.keys)
     with torch.set_grad_enabled(backward):
-        pooled_BND = torch.zeros(1, keys, over.dim, requires_grad=backward) if keys else None
-        over.logits(torch.zeros(1, features), pooled_BND)
+        widths = [over.dims[name] if name else over.dim for name, _ in over.groups]
+        sums = [
+            torch.zeros(1, len(keys), width, requires_grad=backward)
+            for (_, keys), width in zip(over.groups, widths, strict=True)
+        ]
+        pooled_BND = over.embeddings(sums, None) if sums else None
+        over.logits(torch.zeros(1, len(config.data.dense)), pooled_BND)
         for hook in hooks:
             hook.remove()
         return {name: _alone(parts[name], args, backward) for name, args in inputs.items()}
@@ -195,12 +199,17 @@ def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _tables(model: C2ALModel) -> Iterator[Layer]:
-    if model.ebc is None:
-        return
-    for name, bag in model.ebc.embedding_bags.items():
+    """Those without weights, then the weighted ones."""
+    bags = {
+        f"{where}.{name}": bag
+        for where, collection in (("ebc", model.ebc), ("weighted_ebc", model.weighted_ebc))
+        if collection is not None
+        for name, bag in collection.embedding_bags.items()
+    }
+    for name, bag in bags.items():
         size = bag.weight.numel()
         yield Layer(
-            name=f"ebc.{name}",
+            name=name,
             output=f"(B, {bag.weight.shape[1]})",
             parameters=size,
             bytes=size * bag.weight.element_size(),

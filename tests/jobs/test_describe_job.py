@@ -38,6 +38,23 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> tuple[int, int]:
     return inputs * outputs + outputs * bias, 2 * inputs * outputs
 
 
+def test_weighted_tables_and_projections_are_counted():
+    tree = {**TINY, "data": {**TINY["data"], "sparse": [dict(f) for f in TINY["data"]["sparse"]]}}
+    a, b, _ = tree["data"]["sparse"]
+    a |= {"weights": "a_weights", "max_length": 3}
+    b["dim"] = 8
+    model = describe(parse_config(tree), 2)
+    assert [(t.name, t.output, t.parameters) for t in model.tables] == [
+        ("ebc.b", "(B, 8)", 8 * 7),
+        ("ebc.c", "(B, 4)", 4 * 9),
+        ("weighted_ebc.a", "(B, 4)", 4 * 5),
+    ]
+    (projection,) = [layer for layer in model.layers if layer.name == "over.projections.b"]
+    forward = 2 * 8 * 4
+    assert (projection.output, projection.training, projection.serving) == ("(B, 1, 4)", 3 * forward, forward)
+    assert projection.served
+
+
 def test_every_count_is_that_of_the_hand():
     model = describe(parse_config(TINY), 2)
     rows = {layer.name: (layer.output, layer.parameters, layer.training, layer.serving) for layer in model.layers}
