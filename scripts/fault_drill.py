@@ -124,13 +124,14 @@ class Drill:
         assert process.poll() is None, f"the run ended with status {process.poll()} before kill {number + 1}"
         victim = self.random.choice(workers)
         agent = parent(victim)
-        stop([agent])  # it starts no worker until it may go on
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-        if last:
-            self.steps = newest_step(checkpoints) + 4 * self.checkpoint_every
-            self.write_config(self.steps)
-        signal_all([*workers, agent], signal.SIGCONT)
+        try:
+            stop([agent])  # it starts no worker until it may go on
+            signal_all([victim], signal.SIGKILL)
+            if last:
+                self.steps = newest_step(checkpoints) + 4 * self.checkpoint_every
+                self.write_config(self.steps)
+        finally:
+            signal_all([*workers, agent], signal.SIGCONT)
         wait(lambda: not any(alive(pid) for pid in workers))
         # The next workers are still importing: nobody writes here.
         found = sorted(checkpoints.glob("step-*"))
