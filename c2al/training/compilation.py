@@ -20,6 +20,9 @@ from c2al.training.model import OverArch
 WORTH_FLOPS = 3e13
 """Least work of a run on one rank that compiling pays for: ten minutes at the 50 GFLOP/s that a core trains at. It
 saves a fifth of them at least, and takes one minute without a cache (docs/LOG.md)."""
+WORTH_STEPS = 10_000
+"""Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time, which
+saved 8 ms of 25 on an H100, and half a minute to compile one (docs/LOG.md)."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +39,10 @@ def compile_training(
     """
     (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
     choice = config.train.compile
-    if choice == "auto":
-        on_cpu = world.device.type == "cpu"
-        compiles = on_cpu and (_pays(over, config, world, steps) if before is None else before)
-    else:
-        compiles = choice == "on"
-    if compiles:
+    pays = before
+    if choice == "auto" and before is None:
+        pays = _pays(over, config, world, steps)
+    if choice == "on" or (choice == "auto" and pays):
         over.compiled = _Compiled(over, required=choice == "on")
 
 
@@ -52,7 +53,13 @@ def is_compiled(dmp: DistributedModelParallel) -> bool:
 
 
 def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
-    """Whether the run's products above the tables, forward and backward, are more than WORTH_FLOPS."""
+    """Whether compiling saves more time than it takes.
+
+    On a CPU the run's products above the tables, forward and backward, must be more than WORTH_FLOPS; on a GPU, where
+    launching them takes the host longer than the card computes, its steps.
+    """
+    if world.device.type != "cpu":
+        return steps > WORTH_STEPS
     rows = 8
     over.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
