@@ -18,6 +18,7 @@ of the largest process. `flat` is said of a job whose peak grows at most by a te
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from machine import RESULTS, about, write_table
 
@@ -144,7 +146,7 @@ class Work:
     def command(self) -> list[str]:
         point = self.point
         config, output = ["--config", str(self.config)], ["--output", str(self.output)]
-        words = c2al(point.ranks) + [point.stage]
+        words = [*c2al(point.ranks), point.stage]
         if point.stage == "train":
             return [*words, *config, *output]
         if point.stage == "score":
@@ -195,7 +197,7 @@ def measure(words: Sequence[str]) -> dict[str, float]:
     return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
 
 
-def line(point: Point, runs: Sequence[dict[str, float]]) -> dict[str, object]:
+def line(point: Point, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     medians = {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
     return {**dataclasses.asdict(point), **medians, "repeats": len(runs)}
 
@@ -208,15 +210,14 @@ def report(runs: dict[Point, list[dict[str, float]]]) -> None:
     print()
     for stage in STAGES:
         sizes = sorted((p for p in lines if p == Point(stage, p.rows)), key=lambda p: p.rows)
-        for small, large in zip(sizes, sizes[1:], strict=False):
-            more = large.rows - small.rows
+        for small, large in itertools.pairwise(sizes):
             before, after = lines[small], lines[large]
-            growth = float(after["peak_mib"]) / float(before["peak_mib"])  # type: ignore[arg-type]
-            added = float(after["peak_mib"]) - float(before["peak_mib"])  # type: ignore[arg-type]
-            ns = (float(after["cpu_s"]) - float(before["cpu_s"])) / more * 1e9  # type: ignore[arg-type]
-            verdict = "flat" if growth <= FLAT else f"not flat, {added / more * 1e6:,.1f} MiB per million rows"
+            millions = (large.rows - small.rows) / 1e6
+            growth, added = after["peak_mib"] / before["peak_mib"], after["peak_mib"] - before["peak_mib"]
+            us = (after["cpu_s"] - before["cpu_s"]) / millions
+            verdict = "flat" if growth <= FLAT else f"not flat, {added / millions:,.1f} MiB per million rows"
             print(
-                f"{stage:9} {small.rows:>12,} -> {large.rows:<12,} peak x {growth:.2f}: {verdict}; {ns:,.0f} ns per row"
+                f"{stage:9}{small.rows:>12,} -> {large.rows:<12,} peak x {growth:.2f}: {verdict}; {us:,.2f} us per row"
             )
 
 
