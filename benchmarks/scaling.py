@@ -13,7 +13,7 @@ The last three take the second of --rows. --discover-rows scans the largest scor
 
 Points take turns, --repeats times. After the first turn those of over --longest seconds are left out, and no
 turn begins after --seconds. Medians go to benchmarks/results/scaling.csv after every point. Peak memory is that
-of the largest process. `flat` is said of a job whose peak grows at most by a tenth for ten times the rows.
+of the largest process. `flat` is said of a job whose peak grows at most by a tenth from one of --rows to the next.
 """
 
 import argparse
@@ -35,7 +35,9 @@ from machine import RESULTS, about, write_table
 
 STAGES = ("train", "score", "discover", "evaluate")
 FLAT = 1.1
-"""Largest growth of the peak for ten times the rows."""
+"""Largest growth of the peak from one number of rows to the next."""
+BUDGET = {"evaluate": 1024.0}
+"""MiB that a job allows itself for rows at most: evaluate collects the rows of a share of the users."""
 COLUMNS = ("user_id", "item", "u0", "u1", "u2", "u3", "grp", "cat", "hour")
 USER_ROWS = 20
 """Impressions per user."""
@@ -216,6 +218,8 @@ def report(runs: dict[Point, list[dict[str, float]]]) -> None:
             growth, added = after["peak_mib"] / before["peak_mib"], after["peak_mib"] - before["peak_mib"]
             us = (after["cpu_s"] - before["cpu_s"]) / millions
             verdict = "flat" if growth <= FLAT else f"not flat, {added / millions:,.1f} MiB per million rows"
+            if stage in BUDGET and after["peak_mib"] <= lines[sizes[0]]["peak_mib"] + BUDGET[stage]:
+                verdict += f", within its {BUDGET[stage]:,.0f} MiB for rows"
             print(
                 f"{stage:9}{small.rows:>12,} -> {large.rows:<12,} peak x {growth:.2f}: {verdict}; {us:,.2f} us per row"
             )

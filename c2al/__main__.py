@@ -16,7 +16,7 @@ JOBS = {
     "score": "predict with a checkpoint and write Parquet",
     "discover": "find the head and tail cohorts in scored impressions",
     "evaluate": "NE, NE_diff, calibration and AUC with intervals",
-    "describe": "layers, parameters and FLOPs of a configuration, in training and at serving",
+    "describe": "layers, parameters, FLOPs and the plan of tables of a configuration",
     "export": "write and prove the serving artifact",
     "predict": "predict raw rows with a serving artifact",
     "serve-check": "compare an artifact's variants with the training model, and time them",
@@ -32,7 +32,7 @@ SETTINGS = {
     "score": ("data", "dist", "axes"),
     "discover": ("data", "dist", "axes", "discover"),
     "evaluate": ("", "data", "axes", "evaluate"),
-    "describe": ("data", "model", "train", "arms"),
+    "describe": ("data", "model", "train", "dist", "arms"),
     "experiment": _ALL,
     "demo": _ALL,
 }
