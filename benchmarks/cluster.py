@@ -38,6 +38,8 @@ from c2al.training.model import C2ALModel
 STEP_MS = 9.8
 """Of a whole training step of `dhen-production` on one GPU, bfloat16, compiled, CUDA graphs, batch 4,096.
 An H100 80GB HBM3, torch 2.11, triton 3.6, benchmarks/gpu_step.py: 9.6 to 9.9 ms; without graphs 15.1."""
+COPY = 2.99e12
+"""Bytes per second that a copy moves there."""
 NVLINK, NETWORK, STORE = 450e9, 50e9, 3.1e9
 """Bytes per second: each direction of a GPU's NVLink; its share of a 400 Gb/s network; an object store to a host."""
 PER_HOST, HBM_GIB = 8, 80.0
@@ -84,18 +86,18 @@ def plans(config: Config, gpus: int) -> Iterator[tuple[str, Plan, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--step-ms", type=float, default=STEP_MS)
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     args = parser.parse_args()
-    shape = dhen_production()
-    config = shape.config
-    text = "\n\n".join([_exchange(config, args.gpus), _feeding(config)])
+    config = dhen_production().config
+    text = "\n\n".join([_exchange(config, args.gpus, args.step_ms), _feeding(config, args.step_ms)])
     print(text)
     if args.page:
         before, _, rest = args.page.read_text(encoding="utf-8").partition(BEGIN)
         args.page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
-def _exchange(config: Config, counts: Any) -> str:
+def _exchange(config: Config, counts: Any, step_ms: float) -> str:
     dense = sum(layer.parameters for layer in describe(config, 2).layers)
     batch = config.train.batch_size
     rows: list[tuple[object, ...]] = [
@@ -105,7 +107,7 @@ def _exchange(config: Config, counts: Any) -> str:
     for gpus in counts:
         for name, plan, (tables, ranks) in plans(config, gpus):
             for kind, element in (("fp32", 4), ("fp16", 2)):
-                c = cost(bytes_sent(plan, tables, ranks, batch, element), dense, gpus, STEP_MS / 1e3)
+                c = cost(bytes_sent(plan, tables, ranks, batch, element), dense, gpus, step_ms / 1e3)
                 speed = c.samples_per_second(gpus, batch)
                 ms = [f"{1e3 * s:.2f}" for s in (c.exchange, c.allreduce, c.step + c.exchange)]
                 share = c.step / (c.step + c.exchange)
@@ -124,7 +126,7 @@ def _exchange(config: Config, counts: Any) -> str:
     return _markdown(rows)
 
 
-def _feeding(config: Config) -> str:
+def _feeding(config: Config, step_ms: float) -> str:
     """What readers and the object store must bring, and discovery afterwards."""
     columns = len(config.data.dense) + len(config.data.sparse)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,11 +135,13 @@ def _feeding(config: Config) -> str:
     reader = _last("reader.csv", "reader")
     per_core = float(reader["rows_per_cpu_second"]) * READER_COLUMNS / columns
     job = _last("discovery.csv", "job", rows=10**9)
-    per_gpu = config.train.batch_size / (STEP_MS / 1e3)
+    per_gpu = config.train.batch_size / (step_ms / 1e3)
     need = PER_HOST * per_gpu * bytes_per_row
     return _markdown(
         [
             ("part", "value"),
+            ("whole training step, ms", step_ms),
+            ("copy bandwidth of that card, TB/s", COPY / 1e12),
             ("samples/s of one GPU", f"{per_gpu:,.0f}"),
             (f"reader, rows/s of one core, {columns} columns", f"{per_core:,.0f}"),
             ("reader cores per GPU", f"{per_gpu / per_core:.1f}"),

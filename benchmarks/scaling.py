@@ -77,12 +77,12 @@ class Point:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = {"type": lambda text: int(float(text)), "nargs": "+"}
+    count = {"type": lambda text: int(float(text)), "nargs": "*"}
     parser.add_argument("--rows", **count, default=[10**5, 10**6, 10**7])
     parser.add_argument("--discover-rows", **count, default=[], help="multiples of the largest of --rows")
     parser.add_argument("--tables", **count, default=[8, 64])
     parser.add_argument("--ranks", **count, default=[1, 2])
-    parser.add_argument("--segments", **count, default=[10, 100, 1000])
+    parser.add_argument("--segments", **count, default=[10, 100])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--longest", type=float, default=10.0, help="seconds; longer points are run once")
     parser.add_argument("--seconds", type=float, default=240.0, help="no further turn begins after that many")
