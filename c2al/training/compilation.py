@@ -20,6 +20,9 @@ from c2al.training.model import OverArch
 WORTH_FLOPS = 3e13
 """Least work of a run on one rank that compiling pays for: ten minutes at the 50 GFLOP/s that a core trains at. It
 saves a fifth of them at least, and takes one minute without a cache (docs/LOG.md)."""
+WORTH_STEPS = 10_000
+"""Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time, which
+saved 8 ms of 25 on an H100, and half a minute to compile one (docs/LOG.md)."""
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,19 @@ def compile_training(dmp: DistributedModelParallel, config: Config, world: World
     """
     (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
     choice = config.train.compile
-    if choice == "off" or (choice == "auto" and (world.device.type != "cpu" or not _pays(over, config, world, steps))):
+    if choice == "off" or (choice == "auto" and not _pays(over, config, world, steps)):
         return
     over.compiled = _Compiled(over, required=choice == "on")
 
 
 def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
-    """Whether the run's products above the tables, forward and backward, are more than WORTH_FLOPS."""
+    """Whether compiling saves more time than it takes.
+
+    On a CPU the run's products above the tables, forward and backward, must be more than WORTH_FLOPS; on a GPU, where
+    launching them takes the host longer than the card computes, its steps.
+    """
+    if world.device.type != "cpu":
+        return steps > WORTH_STEPS
     rows = 8
     over.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -22,15 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from c2al.ops.triton import kernels
-from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, configurations
+from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, MEASURED, MEASURED_ROWS, configurations
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MEASURED_CASES = {c for table in (MEASURED, MEASURED_ROWS) for found in table.values() for c in found}
 LONG = 1024  # beyond every block: a length that streams
 
 
 def shipped():
     """Every (direction, precision, configuration) that some shape gets."""
-    shapes = itertools.product((*BLOCKS_P, LONG), (*BLOCKS_Q, LONG), BLOCKS_K)
+    shapes = itertools.product((*BLOCKS_P, 512, LONG), (*BLOCKS_Q, LONG), BLOCKS_K)
     cases = itertools.product(("forward", "backward"), ("half", "tf32", "ieee"), shapes)
     return sorted({(d, kind, c) for d, kind, shape in cases for c in configurations(d, *shape, kind)})
 
@@ -81,7 +82,9 @@ def main():
         os.environ["TRITON_CACHE_DIR"] = cache  # cold, so that what is measured is what this source gives
         with get_context("fork").Pool(2) as pool:
             for case, (registers, stack, shared) in zip(todo, pool.imap(usage, todo, chunksize=4), strict=True):
-                print(json.dumps({"case": str(case), "registers": registers, "stack": stack, "shared": shared}))
+                timed = case[2] in MEASURED_CASES
+                row = {"case": str(case), "registers": registers, "stack": stack, "shared": shared, "timed": timed}
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

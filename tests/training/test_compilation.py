@@ -1,5 +1,6 @@
 """Compiled training steps: the same model, or the stated way out."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -92,6 +93,17 @@ config = load_config(Path({config!r}))
 with process_group(config.dist) as world:
     print(trained(config, world, Path({folder!r}), 3)[1])
 """
+
+
+def test_auto_on_a_gpu_goes_by_steps(config, world, tmp_path):
+    """What it saves there is the host's time per step, whatever the size of the model. Nothing runs on the device."""
+    trainer, _ = trained(config, world, tmp_path / "run", 1, **{"train.compile": "off"})
+    (over,) = (m for m in trainer.model.modules() if isinstance(m, OverArch))
+    of_a_card = dataclasses.replace(world, device=torch.device("cuda"))
+    for steps, expected in ((compilation.WORTH_STEPS, False), (compilation.WORTH_STEPS + 1, True)):
+        over.compiled = None
+        compilation.compile_training(trainer.model, replace(config, **{"train.compile": "auto"}), of_a_card, steps)
+        assert (over.compiled is not None) == expected
 
 
 @pytest.mark.parametrize("choice", ["auto", "on"])
