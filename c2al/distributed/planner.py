@@ -74,17 +74,7 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
                 float(max(features[f].max_length, 1)) if f in features else 1.0 for f in embedding.feature_names
             ],
         )
-    cuda = world.device.type == "cuda"
-    if cuda and not config.dist.hbm_gib and not torch.cuda.is_available():
-        raise PlanError("dist.hbm_gib: must be set to plan for GPUs where none is to be asked")
-    hbm = config.dist.hbm_gib * GIB
-    topology = Topology(
-        world_size=world.size,
-        local_world_size=world.local_size,
-        compute_device=world.device.type,
-        hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
-        ddr_cap=int(config.dist.ddr_gib * GIB),
-    )
+    topology = _topology(config, world)
     batch_size = max(1, config.train.batch_size // world.size)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -110,6 +100,19 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
         for module in torchrec_plan.plan.values()
         for table, s in module.items()
     }
+
+
+def _topology(config: Config, world: Ranks) -> Topology:
+    cuda, hbm = world.device.type == "cuda", config.dist.hbm_gib * GIB
+    if cuda and not hbm and not torch.cuda.is_available():
+        raise PlanError("dist.hbm_gib: must be set to plan for GPUs where none is to be asked")
+    return Topology(
+        world_size=world.size,
+        local_world_size=world.local_size,
+        compute_device=world.device.type,
+        hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
+        ddr_cap=int(config.dist.ddr_gib * GIB),
+    )
 
 
 def kernel_of(sharding_type: str) -> str:
