@@ -35,11 +35,6 @@ from c2al.distributed.tables import tables_of
 from c2al.training.describe import describe
 from c2al.training.model import C2ALModel
 
-STEP_MS = 9.8
-"""Of a whole training step of `dhen-production` on one GPU, bfloat16, compiled, CUDA graphs, batch 4,096.
-An H100 80GB HBM3, torch 2.11, triton 3.6, benchmarks/gpu_step.py: 9.6 to 9.9 ms; without graphs 15.1."""
-COPY = 2.99e12
-"""Bytes per second that a copy moves there."""
 NVLINK, NETWORK, STORE = 450e9, 50e9, 3.1e9
 """Bytes per second: each direction of a GPU's NVLink; its share of a 400 Gb/s network; an object store to a host."""
 PER_HOST, HBM_GIB = 8, 80.0
@@ -47,6 +42,20 @@ GPUS = (8, 64, 256)
 READER_COLUMNS = 28
 """Of benchmarks/reader.py."""
 BEGIN, END = "<!-- benchmarks/cluster.py -->", "<!-- end -->"
+
+
+def _last(file: str, **wanted: str) -> Mapping[str, str]:
+    """The newest line of a table under results/ that has these values."""
+    with (RESULTS / file).open() as f:
+        return [row for row in csv.DictReader(f) if wanted.items() <= row.items()][-1]
+
+
+GPU = _last(
+    "gpu_step_cuda.csv",
+    shape="dhen-production", precision="bfloat16", fm_attention="ours", mode="graphs", arm="c2al",
+)  # fmt: skip
+"""A whole training step on one GPU: C2AL, compiled, under CUDA graphs."""
+STEP_MS = float(GPU["median_ms"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +141,17 @@ def _feeding(config: Config, step_ms: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write(config.data, 65_536, Path(folder) / "rows")
         bytes_per_row = sum(f.stat().st_size for f in Path(folder).rglob("*.parquet")) / 65_536
-    reader = _last("reader.csv", "reader")
+    reader = _last("reader.csv", contender="reader")
     per_core = float(reader["rows_per_cpu_second"]) * READER_COLUMNS / columns
-    job = _last("discovery.csv", "job", rows=10**9)
+    job = _last("discovery.csv", contender="job", rows="1000000000")
     per_gpu = config.train.batch_size / (step_ms / 1e3)
     need = PER_HOST * per_gpu * bytes_per_row
     return _markdown(
         [
             ("part", "value"),
             ("whole training step, ms", step_ms),
-            ("copy bandwidth of that card, TB/s", COPY / 1e12),
+            ("card", GPU["machine"]),
+            ("its copy bandwidth, TB/s", f"{float(GPU['limit_gb_per_second']) / 1e3:.2f}"),
             ("samples/s of one GPU", f"{per_gpu:,.0f}"),
             (f"reader, rows/s of one core, {columns} columns", f"{per_core:,.0f}"),
             ("reader cores per GPU", f"{per_gpu / per_core:.1f}"),
@@ -154,13 +164,6 @@ def _feeding(config: Config, step_ms: float) -> str:
             ),
         ]
     )
-
-
-def _last(file: str, contender: str, rows: int | None = None) -> Mapping[str, str]:
-    """The newest line of a contender."""
-    with (RESULTS / file).open() as f:
-        found = [r for r in csv.DictReader(f) if r["contender"] == contender and rows in (None, int(r["rows"]))]
-    return found[-1]
 
 
 def _markdown(rows: list[tuple[Any, ...]]) -> str:

@@ -34,7 +34,9 @@ def test_the_page_shows_what_the_constants_give():
     """Of the rows that need no planner; those that do are made again by --page."""
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     block = page.partition(cluster.BEGIN)[2].partition(cluster.END)[0]
-    assert f"| whole training step, ms | {cluster.STEP_MS} |" in block
+    assert f"| whole training step, ms | {cluster.STEP_MS} |" in block, (
+        "run python benchmarks/cluster.py --page docs/scale.md"
+    )
     rows = re.findall(
         r"^\| (\d+) \| ([a-z ]+) \| (fp\d+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", block, re.MULTILINE
     )
