@@ -149,7 +149,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
     within `timeout_seconds`, the rendezvous address cannot be used, or a collective inside the block
     fails because a rank is gone or silent.
     """
-    _hush_the_stack()
+    hush_the_stack()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(config.device, local_rank)
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
@@ -258,7 +258,7 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
         ) from e
 
 
-def _hush_the_stack() -> None:
+def hush_the_stack() -> None:
     """Silences warnings of the pinned torch, torchrec and fbgemm that only their developers can act on.
 
     They announce calls that will be renamed and give hints for their own planners. Errors still come through.

@@ -15,6 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.config import Config
+from c2al.distributed.placement import Cluster
+from c2al.distributed.sharding import planned
+from c2al.errors import ConfigError
 from c2al.nn.dhen import DHEN, DHENLayer
 from c2al.nn.encoders import PLE, MMoE, SharedBottom
 from c2al.nn.prediction_heads import Heads
@@ -113,6 +116,24 @@ def describe(config: Config, cohorts: int) -> Description:
             )
         )
     return Description(cohorts=cohorts, tables=tuple(_tables(training)), layers=tuple(layers))
+
+
+def plan_for(config: Config, ranks: str) -> str:
+    """The planner's plan of the tables for `ranks`, e.g. "8x8": hosts and ranks per host, none of which need be here.
+
+    `dist.device = "auto"` stands for what is here. Raises ConfigError for other text, PlanError when nothing fits.
+    """
+    hosts, by, per_host = ranks.partition("x")
+    if not (by and hosts.isdecimal() and per_host.isdecimal() and int(hosts) and int(per_host)):
+        raise ConfigError(f"--ranks: expected HOSTSxRANKS, e.g. 8x8, is '{ranks}'")
+    cuda = config.dist.device == "cuda" or (config.dist.device == "auto" and torch.cuda.is_available())
+    local_size = config.dist.local_world_size or int(per_host)
+    size = int(hosts) * int(per_host)
+    if size % local_size:
+        raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks per host")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = C2ALModel(config)
+    return planned(model, config, Cluster(size, local_size, torch.device("cuda" if cuda else "cpu")))[1]
 
 
 @dataclasses.dataclass(frozen=True)
