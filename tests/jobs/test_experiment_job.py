@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.__main__ import main
-from c2al.config import Arm, Config, load_config, replace, save_config
+from c2al.config import Arm, Axis, Config, load_config, replace, save_config
 from c2al.data.cohorts import read_cohorts
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
@@ -276,6 +276,104 @@ def test_a_random_pair_is_drawn_from_the_seed(done):
     assert len({tuple(c.conditions for c in pair) for pair in drawn}) > 1
     chosen = read_cohorts(folder / "cohorts.json").chosen()
     assert all({c.conditions for c in pair} != {c.conditions for c in chosen} for pair in drawn)
+
+
+AXES = (
+    Axis(name="surface", column="surface"),
+    Axis(name="items", column="item_id", kind="edges", edges=(4.0, 7.0)),
+)
+ON_AXES = {
+    "surfaces": Arm(name="surfaces", axis="surface"),
+    "items": Arm(name="items", axis="items"),
+    "surfaces_placebo": Arm(name="surfaces_placebo", axis="surface", cohorts="shuffled"),
+    "items_placebo": Arm(name="items_placebo", axis="items", cohorts="shuffled"),
+    "items_random": Arm(name="items_random", axis="items", cohorts="random"),
+    "items_least": Arm(name="items_least", axis="items", cohorts="least"),
+}
+
+
+@pytest.fixture(scope="module")
+def on_axes(tmp_path_factory) -> Path:
+    """One seed, arms on two axes."""
+    folder = tmp_path_factory.mktemp("axes")
+    config = small(folder, arms=tuple(ON_AXES.values()), **{"experiment.seeds": (0,)})
+    save_config(dataclasses.replace(config, axes=AXES), folder / "c.toml")
+    assert main(words(folder)) == 0
+    return folder
+
+
+def test_an_arm_takes_its_cohorts_from_its_own_axis(on_axes):
+    record = read_record(on_axes / "out")
+    pairs = {
+        arm.name: read_cohorts(on_axes / "out" / "trainings" / arm.trials[0].name / "cohorts.json").chosen()
+        for arm in record.arms
+    }
+    found = {name: {cohort.axis for cohort in pair} for name, pair in pairs.items()}
+    placebo = {"placebo"}
+    assert found["surfaces"] == {"surface"}
+    assert found["items"] == found["items_random"] == found["items_least"] == {"items"}
+    assert found["surfaces_placebo"] == found["items_placebo"] == placebo
+    for name, arm in ON_AXES.items():
+        if arm.cohorts == "shuffled":
+            assert [f"as many as {c.name}" for c in pairs[arm.axis.removesuffix("s") + "s"]] == [
+                c.name for c in pairs[name]
+            ], "the sizes of its own axis's pair"
+    for name in ("items_random", "items_least"):
+        assert {c.conditions for c in pairs[name]} != {c.conditions for c in pairs["items"]}
+
+
+def test_the_choice_on_an_axis_is_corrected_for_the_pairs_of_that_axis_and_scans_nothing_again(on_axes):
+    out = on_axes / "out"
+    rules = {}
+    for folder in out.glob("cohorts-*"):
+        rule = json.loads((folder / "cohorts.json").read_text())["rule"]
+        rules[tuple(rule["axes"])] = rule["tested_pairs"]
+    assert rules == {(): 6, ("surface",): 3, ("items",): 3}
+    assert len(list((out / "trainings").rglob("scores_validation-*"))) == 1
+
+
+def test_the_report_speaks_of_the_main_arms_axis_and_compares_within_axes(on_axes):
+    record = read_record(on_axes / "out")
+    evaluation = json.loads((on_axes / "out" / "evaluation" / "evaluation.json").read_text())
+    details = [s["detail"] for s in evaluation["segments"] if s["axis"] == "cohort"]
+    assert [f"{role}: {detail}" for role, detail in zip(("head", "tail"), details, strict=True)] == list(
+        record.arms[0].cohorts
+    )
+    assert record.placebo is not None
+    assert record.placebo.name == "surfaces_placebo"
+    against = {(d["arm"], d["against"]) for d in evaluation["segments"][0]["differences"]}
+    assert against == {(name, "baseline") for name in ON_AXES} | {
+        ("surfaces", "surfaces_placebo"),
+        *((name, "items_placebo") for name in ("items", "items_random", "items_least")),
+    }
+
+
+def test_an_axis_without_a_pair_ends_its_own_arm_only(tmp_path, capsys):
+    arms = (Arm(name="few", axis="age"), Arm(name="surfaces", axis="surface"))
+    small(tmp_path, arms=arms, **{"experiment.seeds": (0,), "discover.min_rows": 300})
+    axes = "[{name = 'surface', column = 'surface'}, {name = 'age', column = 'age', kind = 'edges', edges = [0]}]"
+    assert main(words(tmp_path, "--axes", axes)) == 0
+    few, surfaces = read_record(tmp_path / "out").arms
+    assert few.selected is None
+    assert surfaces.selected == 0
+    assert f"Not trained: few. {few.finding}" in capsys.readouterr().out
+
+
+UNUSABLE = {
+    "unknown": ("axis = 'surfcae'", "arm 'a': unknown axis 'surfcae'; did you mean 'surface'"),
+    "without cohorts": ("axis = 'age', cohorts = 'none'", "is 'age', but cohorts = 'none'"),
+    "of a file": ("axis = 'age', cohorts = 'file', file = 'c.json'", "is 'age', but cohorts = 'file'"),
+}
+
+
+@pytest.mark.parametrize(("arm", "said"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_an_axis_that_an_arm_cannot_use_is_refused_by_file_field_and_value(tmp_path, capsys, arm, said):
+    small(tmp_path)
+    path = tmp_path / "c.toml"
+    path.write_text(path.read_text().replace("arms = []", f"arms = [{{name = 'a', {arm}}}]"))
+    assert main(words(tmp_path)) == 2
+    assert f"{path}: arms[0].axis: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
