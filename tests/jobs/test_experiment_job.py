@@ -86,6 +86,25 @@ def test_it_ends_with_a_report_and_every_number_behind_it(done):
     assert proof["rows_compared"] == 2048
 
 
+def test_the_report_shows_every_kind_of_record_that_training_wrote(done):
+    """Read from what training writes, not from records that a test made up."""
+    record = read_record(done / "out")
+    run = done / "out" / record.arms[0].folders(record.seeds)[0] / "run"
+    kinds = {json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    titles = {
+        "gramian": "Gradients of the tasks</h3>",
+        "y": "Distribution of Y in the FM attention</h3>",
+        "units": "Dead units</h3>",
+        "weights": "Change of the weights</h3>",
+    }
+    assert kinds == {"train", "validation", *titles}
+    html = (done / "out" / "report.html").read_text()
+    for title in titles.values():
+        _, found, rest = html.partition(title)
+        assert found, title
+        assert "<td" in rest.partition("<h3>")[0], "a table with rows"
+
+
 def test_all_arms_of_a_seed_start_from_the_same_weights_and_read_the_same_batches(done):
     """The primary task before the first update: logits to the bit, the loss to the rounding of its float32 mean, which
     one and several tasks sum in another order."""
