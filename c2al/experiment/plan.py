@@ -77,10 +77,15 @@ def baseline_trials(config: Config) -> list[Trial]:
 
 def arm_trials(arm: Arm, base: Config, cohorts: tuple[CohortSpec, ...]) -> list[Trial]:
     """Every combination of the arm's `select`, on top of the configuration that the baseline chose."""
+    return _trials(arm.name, base, arm_overrides(arm, base), arm.select, cohorts)
+
+
+def arm_overrides(arm: Arm, base: Config) -> dict[str, Any]:
+    """What the arm changes whatever it selects: its overrides, and lambda where it has cohorts and sets none itself."""
     overrides = flat_settings(arm.overrides)
-    if cohorts and LAMBDA not in {**overrides, **flat_settings(arm.select)}:
+    if arm.cohorts != "none" and LAMBDA not in {**overrides, **flat_settings(arm.select)}:
         overrides[LAMBDA] = base.experiment.auxiliary_lambda
-    return _trials(arm.name, base, overrides, arm.select, cohorts)
+    return overrides
 
 
 def _trials(

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from c2al.config import BASELINE, Config
+from c2al.config import BASELINE, Arm, Config
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.distributed.process import World
@@ -179,12 +179,27 @@ def check(config: Config, share: Share) -> None:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
     for arm in arms_of(config):
         try:
-            for trial in arm_trials(arm, config, ()):
+            trials = arm_trials(arm, config, ())
+            for trial in trials:
                 check_method(trial.config.train.combine)
+            problems += _unused_or_missing_cohorts(arm, trials)
         except ConfigError as e:
             problems += [f"arm '{arm.name}': {p}" for p in e.problems]
     if problems:
         raise ConfigError(problems)
+
+
+def _unused_or_missing_cohorts(arm: Arm, trials: list[Trial]) -> list[str]:
+    """What training would refuse of the arm, after hours of baselines."""
+    wanted = {t.config.train.needs_cohorts for t in trials}
+    if arm.cohorts == "none" and True in wanted:
+        return [f"arm '{arm.name}': its settings need cohorts; its cohorts = 'none'"]
+    if arm.cohorts != "none" and False in wanted:
+        return [
+            f"arm '{arm.name}': without effect on its cohorts, since lambda is 0 and neither train.cohort_weight nor "
+            "train.group_dro is set, in at least one combination; cohorts = 'none' has none"
+        ]
+    return []
 
 
 def check_data(config: Config) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from c2al.config import Config, load_config
 from c2al.errors import ConfigError
-from c2al.experiment.describe import arms_table, cohorts_of_arm, describe_arms
+from c2al.experiment.describe import arms_table, auxiliary_cohorts, describe_arms
 from c2al.experiment.plan import arms_of
 from c2al.files import write_atomically
 from c2al.training.describe import describe
@@ -47,7 +47,7 @@ def _of_run(args: argparse.Namespace, overrides: list[str]) -> tuple[Config, int
 def _of_config(args: argparse.Namespace, overrides: list[str]) -> tuple[Config, int]:
     config = load_config(args.config, overrides)
     if args.cohorts is None:
-        return config, max(map(cohorts_of_arm, arms_of(config)))
+        return config, max(auxiliary_cohorts(arm, config) for arm in arms_of(config))
     if args.cohorts < 0:
         raise ConfigError(f"--cohorts: must not be negative, is {args.cohorts}")
     return config, args.cohorts

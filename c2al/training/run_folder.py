@@ -49,7 +49,7 @@ _FREE = (
     "dist.timeout_seconds",
     *(f"train.{k}" for k in ("checkpoint.", "log_every", "eval_every", "y_every", "profile_steps")),
     *(f"data.{k}" for k in ("workers", "prefetch", "validation", "test")),
-    *("discover.", "evaluate.", "experiment.", "axes"),
+    *("discover.", "evaluate.", "experiment.", "axes", "arms"),
 )
 
 

@@ -31,7 +31,7 @@ from c2al.training.model import TrainTask, primary_prediction
 from c2al.training.run_folder import Run, config_differences, open_run, sole_writer
 
 _FREE = (
-    *("dist.", "axes", "discover.", "evaluate.", "experiment."),
+    *("dist.", "axes", "arms", "discover.", "evaluate.", "experiment."),
     *("train.batch_size", "train.compile", "train.checkpoint."),
     *(f"data.{k}" for k in ("train", "validation", "test", "row_id", "user_id", "time", "label", "weight")),
     *(f"data.{k}" for k in ("workers", "prefetch", "shards", "shuffle_rows")),

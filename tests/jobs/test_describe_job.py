@@ -130,6 +130,8 @@ def test_the_command_says_it_for_a_config_its_arms_and_a_run(config, world, tmp_
         {"name": "mmoe", "cohorts": "chosen", "overrides": {"model.encoder": "mmoe"}},
         {"name": "half", "cohorts": "one"},
         {"name": "mine", "cohorts": "file", "file": str(write_cohorts(tmp_path / "cohorts.json"))},
+        {"name": "dro", "overrides": {"train.auxiliary_lambda": 0.0, "train.group_dro": 0.1}},
+        {"name": "grid", "cohorts": "one", "select": {"train.auxiliary_lambda": [0.1, 0.3]}},
     ]
     path = tmp_path / "config.toml"
     save_config(replace(config, arms=arms), path)
@@ -144,6 +146,9 @@ def test_the_command_says_it_for_a_config_its_arms_and_a_run(config, world, tmp_
         *(f"{n:,}" for n in (baseline.training, baseline.serving)),
     ]
     assert {name: rows[name][0] for name in ("mmoe", "half", "mine")} == {"mmoe": "2", "half": "1", "mine": "2"}
+    # Cohorts that only weigh the primary loss have no prediction heads.
+    assert rows["dro"] == rows["baseline"]
+    assert rows["grid"] == rows["half"]
     assert rows["half"][2] == rows["mine"][2] == rows["baseline"][2] != rows["mmoe"][2]
 
     assert main(["describe", "--config", str(path), "--cohorts", "3", "--csv", "--model.layers=1"]) == 0

@@ -177,6 +177,25 @@ def test_changed_discovery_or_evaluation_trains_nothing_again(done, tmp_path, ch
     assert read_record(copy / "out").baseline.trials == record.baseline.trials
 
 
+def test_changed_arms_train_the_new_ones_only_and_go_on_with_what_was_interrupted(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out", copy_function=shutil.copy2)
+    arms = (*ARMS[:2], Arm(name="faster", cohorts="none", overrides={"train.optimizer.dense_lr": 0.003}))
+    save_config(dataclasses.replace(load_config(done / "c.toml"), arms=arms), tmp_path / "c.toml")
+    before = {p for p in trained(tmp_path / "out") if "/baseline" not in p}
+    # As if the earlier command had been stopped before the baselines were judged.
+    for baseline in (tmp_path / "out" / "trainings").glob("baseline-*/seed_*"):
+        (baseline / "result.json").unlink()
+        for scores in baseline.glob("scores_*"):
+            shutil.rmtree(scores)
+    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("trainings/*/seed_*/run/checkpoints/*/*")}
+    assert main(words(tmp_path)) == 0
+    assert {p: p.stat().st_mtime_ns for p in weights} == weights
+    new = {p for p in trained(tmp_path / "out") if "/baseline" not in p} - before
+    assert new
+    assert {Path(p).relative_to(tmp_path / "out" / "trainings").parts[0].partition("-")[0] for p in new} == {"faster"}
+    assert [a.name for a in read_record(tmp_path / "out").arms] == ["c2al", "placebo", "faster"]
+
+
 def test_another_config_in_the_same_folder_is_refused(done, capsys):
     assert main(words(done, "--seed", "5")) == 2
     assert "holds an experiment of another config" in capsys.readouterr().err
@@ -201,6 +220,23 @@ def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
         experiment(config, tmp_path / "out", world, "by hand")
     for field in (LAMBDA, "data.test", "axes"):
         assert field in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        (Arm(name="a", overrides={LAMBDA: 0.0}), "arm 'a': without effect on its cohorts"),
+        (Arm(name="a", select={LAMBDA: [0.0, 0.3]}), "arm 'a': without effect on its cohorts"),
+        (Arm(name="a", cohorts="none", overrides={"train.group_dro": 0.1}), "arm 'a': its settings need cohorts"),
+        (Arm(name="a", cohorts="none", select={LAMBDA: [0.3]}), "arm 'a': its settings need cohorts"),
+    ],
+)
+def test_an_arm_whose_settings_and_cohorts_do_not_match_is_refused_before_any_work(tmp_path, capsys, arm, said):
+    small(tmp_path, (Arm(name="fine"), Arm(name="weighted", overrides={LAMBDA: 0.0, "train.cohort_weight": 2.0}), arm))
+    assert main(words(tmp_path)) == 2
+    assert said in (err := capsys.readouterr().err)
+    assert err.count("arm '") == 1
     assert not (tmp_path / "out").exists()
 
 
