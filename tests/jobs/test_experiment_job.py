@@ -403,6 +403,22 @@ def test_the_report_speaks_of_the_main_arms_axis_and_compares_within_axes(on_axe
     }
 
 
+def test_the_tables_of_a_page_hold_the_numbers_of_the_evaluation(on_axes):
+    """benchmarks/experiment_page.py, which makes the tables of pages under docs/results."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "experiment_page.py"), str(on_axes / "out"), "--axes", "items"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    page = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    evaluation = json.loads((on_axes / "out" / "evaluation" / "evaluation.json").read_text())
+    overall = evaluation["segments"][0]
+    for d in overall["differences"]:
+        low, high = d["judgement"]["corrected_interval"]
+        row = f"| {d['arm']} | {d['against']} | {d['estimates']['ne']['value']:+.3%} | [{low:+.3%}, {high:+.3%}] |"
+        assert row in page
+    assert f"| ne | {overall['arms']['baseline']['ne']['value']:.5f} |" in page
+    assert "| items = [4, 7) |" in page
+    assert "\n| age = " not in page
+
+
 def test_an_axis_without_a_pair_ends_its_own_arm_only(tmp_path, capsys):
     arms = (Arm(name="few", axis="age"), Arm(name="surfaces", axis="surface"))
     small(tmp_path, arms=arms, **{"experiment.seeds": (0,), "discover.min_rows": 300})
