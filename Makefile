@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := requirements/base.txt requirements/dev.txt requirements/methods.txt requirements/torchrec-cpu.txt requirements/torchrec-cuda.txt scripts/install.sh pyproject.toml
 
-# One thread a worker in multi-process tests: two workers of two threads run 4x slower on two cores.
+# One thread per worker in multi-process tests: two workers of two threads run 4x slower on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: demo test test-slow lint types check setup setup-dev setup-cuda clean
@@ -13,7 +13,7 @@ demo: $(VENV)/.cpu-base
 	$(BIN)/c2al demo --output runs/demo
 
 test: $(VENV)/.cpu-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.cpu-dev
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -1,12 +1,13 @@
 """Which tiles, warps and stages are the fastest for FM attention's Triton kernels on this card?
 
-    python benchmarks/fm_tune.py [--seconds 90] [--output DIR]
+    python benchmarks/fm_tune.py [--seconds 90] [--shipped] [--output DIR]
 
 Times every configuration of a direction and shape that fits registers and shared memory, with batch 16,384 and Y
 per sample: those that ship (c2al/ops/triton/configurations.py) and the grid of both schedules. All are compiled
 first, in as many processes as the machine has cores. Prints the share of the floor (fewest bytes over the
 bandwidth of a copy), and writes fm_tune.csv after every shape and direction, as the table from which
-configurations.py is amended. A grid point that does not compile is named. Without a GPU, --dry-run
+configurations.py is amended. A grid point that does not compile is named. --shipped
+times those alone and writes fm_shipped.csv. Without a GPU, --dry-run
 runs one shipped configuration of a tiny shape in Triton's interpreter (TRITON_INTERPRET=1). Imports torch,
 triton and c2al.ops alone.
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16384)
     parser.add_argument("--seconds", type=float, default=1e9, help="no configuration is begun after this")
+    parser.add_argument("--shipped", action="store_true", help="no grid")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -53,14 +55,18 @@ def main() -> None:
     bandwidth = 1e9 if arguments.dry_run else copy_bytes()
     shapes = ((8, 6, 2),) if arguments.dry_run else SHAPES
     deadline = time.monotonic() + arguments.seconds
-    work = {(d, shape): candidates(d, shape, arguments.dry_run) for shape in shapes for d in ("forward", "backward")}
+    work = {
+        (d, shape): candidates(d, shape, arguments.shipped or arguments.dry_run)
+        for shape in shapes
+        for d in ("forward", "backward")
+    }
     if not arguments.dry_run:
         compile_all([(d, shape, c) for (d, shape), found in work.items() for c in found], arguments.seconds / 2)
     rows: list[dict[str, Any]] = []
     for (direction, shape), every in work.items():
         shipped = configurations(direction, *shape, "half")
         found = []
-        for c in every:
+        for c in every[: 1 if arguments.dry_run else None]:
             if time.monotonic() > deadline:
                 break
             row = {
@@ -81,15 +87,15 @@ def main() -> None:
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         rows += [row | about(device) for row in found]
         if rows:
-            write_table(arguments.output / "fm_tune.csv", rows)
+            write_table(arguments.output / ("fm_shipped.csv" if arguments.shipped else "fm_tune.csv"), rows)
 
 
-def candidates(direction: str, shape: tuple[int, int, int], dry_run: bool) -> list[Configuration]:
+def candidates(direction: str, shape: tuple[int, int, int], only_shipped: bool) -> list[Configuration]:
     """What is timed: the shipped configurations first, then the grid of both schedules."""
     p, q, k = shape
     shipped = configurations(direction, p, q, k, "half")
-    if dry_run:
-        return shipped[:1]
+    if only_shipped:
+        return shipped
     block_k = next(block for block in BLOCKS_K if k <= block)
     grid = []
     for schedule, held, streamed in (("columns", p, q), ("rows", q, p)):
@@ -125,10 +131,11 @@ def compile_all(jobs: list[tuple[str, tuple[int, int, int], Configuration]], sec
 
 
 def compile_one(direction: str, shape: tuple[int, int, int], c: Configuration) -> None:
-    try:
-        called(direction, shape, c, 64, "cuda")()
-    except Exception:  # told when it is timed
-        return
+    for norm in (True, False):
+        try:
+            called(direction, shape, c, 64, "cuda", norm)()
+        except Exception:  # told when it is timed
+            return
 
 
 def measure(
@@ -149,7 +156,7 @@ def measure(
 
 
 def called(
-    direction: str, shape: tuple[int, int, int], c: Configuration, batch: int, device: str
+    direction: str, shape: tuple[int, int, int], c: Configuration, batch: int, device: str, norm: bool = True
 ) -> Callable[[], object]:
     """One call of the kernel with this configuration."""
     p, q, k = shape
@@ -157,8 +164,8 @@ def called(
     x = torch.randn(batch, q, p, dtype=torch.bfloat16, device=device)
     y, grad = (torch.randn(batch, p, k, dtype=torch.bfloat16, device=device) for _ in range(2))
     if direction == "forward":
-        return lambda: launch.forward(x, y, True, 1e-5)
-    out, rstd = y, y[..., 0].float()
+        return lambda: launch.forward(x, y, True, 1e-5 if norm else None)
+    out, rstd = (y, y[..., 0].float()) if norm else (None, y.new_empty(0, dtype=torch.float32))
     return lambda: launch.backward(grad, x, y, out, rstd, True)
 
 

@@ -4,11 +4,13 @@ import argparse
 import importlib
 import io
 import logging
+import re
 import sys
 import warnings
+from pathlib import Path
 
 from c2al.config.reference import help_text
-from c2al.errors import C2ALError
+from c2al.errors import C2ALError, ConfigError
 from c2al.text import redacted
 
 JOBS = {
@@ -16,7 +18,7 @@ JOBS = {
     "score": "predict with a checkpoint and write Parquet",
     "discover": "find the head and tail cohorts in scored impressions",
     "evaluate": "NE, NE_diff, calibration and AUC with intervals",
-    "describe": "layers, parameters and FLOPs of a configuration, in training and at serving",
+    "describe": "layers, parameters, FLOPs and the plan of tables of a configuration",
     "export": "write and prove the serving artifact",
     "predict": "predict raw rows with a serving artifact",
     "serve-check": "compare an artifact's variants with the training model, and time them",
@@ -26,13 +28,16 @@ JOBS = {
     "ingest": "turn a published data set into Parquet splits",
 }
 
+_URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):(/|$)")
+"""How a URI begins once it is a Path, which keeps one of two slashes."""
+
 _ALL = ("", "data", "model", "train", "dist", "axes", "discover", "evaluate", "experiment", "arms")
 SETTINGS = {
     "train": ("", "data", "model", "train", "dist", "axes"),
     "score": ("data", "dist", "axes"),
     "discover": ("data", "dist", "axes", "discover"),
     "evaluate": ("", "data", "axes", "evaluate"),
-    "describe": ("data", "model", "train", "arms"),
+    "describe": ("data", "model", "train", "dist", "arms"),
     "experiment": _ALL,
     "demo": _ALL,
 }
@@ -56,6 +61,18 @@ def _print_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _refuse_uris(known: argparse.Namespace) -> None:
+    """Raises ConfigError for a URI where a local path is meant, which would name a local folder `s3:`."""
+    for name, value in vars(known).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and (found := _URI.match(str(path))):
+                given = f"{found[1]}://{path.relative_to(found[0])}"
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: {given} is a URI; only impressions and scores are read from "
+                    "object stores, all else is on a local or shared file system"
+                )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
     _only_our_own_warnings()
@@ -73,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 job.formatter_class, job.epilog = argparse.RawDescriptionHelpFormatter, help_text(SETTINGS[name])
     known, overrides = parser.parse_known_args(words)
     try:
+        _refuse_uris(known)
         module.run(known, overrides)
     except C2ALError as error:
         print(f"c2al {known.job}: {redacted(str(error))}", file=sys.stderr)

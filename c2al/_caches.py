@@ -10,16 +10,19 @@ import tempfile
 def numba_cache_folder(package: str) -> str | None:
     """A folder for NUMBA_CACHE_DIR, or None where numba finds one itself: beside the source, or in the user's cache.
 
-    Without any, numba raises at import. The last resort is a folder of this process, deleted at its end,
-    so kernels are then compiled once per process. A shared name under /tmp would be unsafe: numba
-    unpickles what it finds there.
+    The last resort is a folder of this process, deleted at its end, so kernels are then compiled once per
+    process. A shared name under /tmp would be unsafe: numba unpickles what it finds there. Where not even
+    that folder can be made, there is no cache (c2al.compiled).
     """
     if _writable(package):
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(cache) and _writable(os.path.join(cache, "numba")):
         return None
-    folder = tempfile.mkdtemp(prefix="c2al-numba-")
+    try:
+        folder = tempfile.mkdtemp(prefix="c2al-numba-")
+    except OSError:
+        return None
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -1,7 +1,7 @@
 """Runs a function on N gloo processes of this machine: `from ranks import run_ranks`.
 
-The processes are forked from a server that has imported torchrec once, so a group of four starts
-in well under a second. They meet through a file store, need no port, and are killed at the timeout.
+The processes are forked from a server that has imported torchrec and the jobs once, so a group of four
+starts in well under a second. They meet through a file store, need no port, and are killed at the timeout.
 A failure shows every failed worker's whole traceback.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["c2al.distributed.checkpoint"])
+_CONTEXT.set_forkserver_preload(["c2al.training.score", "c2al.discovery.discover", "pytest"])
 GRACE_SECONDS = 10.0
 """What the other ranks get, once one has failed, to report why they failed, too."""
 

@@ -1,8 +1,11 @@
 """What `c2al` says and returns, as a user meets it."""
 
+import argparse
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +82,38 @@ def test_a_name_that_the_terminal_lacks_is_printed_with_escapes(tmp_path, text, 
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def options(job: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"c2al.jobs.{job.replace('-', '_')}").add_arguments(parser)
+    return parser
+
+
+def needed_beside(parser: argparse.ArgumentParser, option: argparse.Action) -> list[str]:
+    """Words without which the job would not begin, whatever they name."""
+    groups = [g for g in parser._mutually_exclusive_groups if g.required]
+    needed = [a for a in parser._actions if a.required and a is not option]
+    needed += [g._group_actions[0] for g in groups if option not in g._group_actions]
+    return [word for action in needed for word in example(action)]
+
+
+def example(action: argparse.Action) -> list[str]:
+    value = next(iter(action.choices)) if action.choices else "none"
+    return [*action.option_strings[:1], *[value] * (action.nargs if isinstance(action.nargs, int) else 1)]
+
+
+LOCAL = [(job, a.option_strings[0]) for job in JOBS for a in options(job)._actions if a.type is Path]
+
+
+@pytest.mark.parametrize(("job", "option"), LOCAL, ids=[" ".join(pair) for pair in LOCAL])
+def test_a_uri_where_a_local_path_is_meant_is_refused(job, option, tmp_path, monkeypatch, capsys):
+    """Taken for a path it would be a folder named `s3:`, here, without a word."""
+    monkeypatch.chdir(tmp_path)
+    parser = options(job)
+    (action,) = [a for a in parser._actions if option in a.option_strings]
+    words = [job, *needed_beside(parser, action), option, "s3://key:secret@bucket/runs/a"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{option}: s3://***@bucket/runs/a is a URI; only impressions and scores" in error
+    assert not list(tmp_path.iterdir())

@@ -17,22 +17,26 @@ def without_privileges() -> list[str]:
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
 
 
-@pytest.mark.parametrize("home", ["read-only", "writable"])
+@pytest.mark.parametrize("home", ["read-only", "writable", "read-only, as is NUMBA_CACHE_DIR"])
 def test_kernels_compile_where_the_package_is_read_only(tmp_path, home):
     site = tmp_path / "site"
     shutil.copytree(ROOT / "c2al", site / "c2al", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "home").mkdir()
     for folder, _, _ in os.walk(site):
         os.chmod(folder, 0o555)
-    if home == "read-only":
+    if home != "writable":
         (tmp_path / "home").chmod(0o555)
     code = (
-        "import os, c2al.discovery.histogram, c2al.discovery.digits\n"
+        "import os, pyarrow, c2al.discovery.histogram, c2al.discovery.digits, c2al.distributed.table_update\n"
+        "from c2al.discovery.users import user_groups\n"
+        "assert len(user_groups(pyarrow.array([1, 2]), 'user')) == 2\n"
         "assert not os.access(os.path.dirname(c2al.__file__), os.W_OK)\n"
         "print(c2al.__file__, os.environ.get('NUMBA_CACHE_DIR', ''))\n"
     )
     env = {k: v for k, v in os.environ.items() if k not in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     env |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(site), "TMPDIR": str(tmp_path)}
+    if "NUMBA_CACHE_DIR" in home:
+        env["NUMBA_CACHE_DIR"] = str(tmp_path / "home" / "numba")
     done = subprocess.run(
         [*without_privileges(), sys.executable, "-c", code],
         capture_output=True,
@@ -44,7 +48,7 @@ def test_kernels_compile_where_the_package_is_read_only(tmp_path, home):
     assert done.returncode == 0, done.stderr
     where, _, cache = done.stdout.strip().partition(" ")
     assert where.startswith(str(site))
-    assert bool(cache) == (home == "read-only")
+    assert bool(cache) == (home != "writable")
     assert not cache or not Path(cache).exists(), "the folder of the process is deleted with it"
 
 

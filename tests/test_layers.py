@@ -23,6 +23,7 @@ LAYERS = {
     "c2al.config": 3,
     "c2al.configs": 0,
     "c2al.bins": 4,
+    "c2al.compiled": 4,
     "c2al.ne": 4,
     "c2al.ops": 4,
     "c2al.nn": 5,

@@ -146,8 +146,9 @@ class TrainConfig:
     the weights themselves; evaluation, score and export use the average."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of what stands above the tables, in training steps; evaluation, scoring and export run the plain
-    lines. auto: on the CPU, where training is long enough to pay for compiling, which takes a minute once; plain
-    lines where no C++ compiler is. on: always, and an error where that fails. Both round differently."""
+    lines. auto: where training is long enough to pay for compiling, which takes a minute once; plain lines where no
+    C++ compiler is; a run that goes on stays as it began. on: always, and an error where that fails. Both round
+    differently."""
     log_every: int = 50
     """Steps between log lines."""
     eval_every: int = 0

@@ -4,7 +4,7 @@
 of numbers exist at the door only. None of the questions looks into a dictionary unless it says so.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +122,24 @@ def float64(array: pa.Array) -> npt.NDArray[np.float64]:
         array = array.cast(pa.uint8())
     x: npt.NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return x
+
+
+def float32_rounded_down(array: pa.Array) -> npt.NDArray[np.float32]:
+    """(N,) float32 of integers, the largest that is not above each; null as NaN.
+
+    An integer is at least a float32 c exactly when this is.
+    """
+    integer_N: npt.NDArray[Any] = np.from_dlpack(array.fill_null(0) if array.null_count else array)
+    value_N = integer_N.astype(np.float32)
+    # Every integer up to 2^24 is a float32.
+    if max(-int(integer_N.min(initial=0)), int(integer_N.max(initial=0))) > 2**24:
+        # Compared as integers. The one float32 that may lie beyond their type is above all of them.
+        beyond_N = value_N >= np.float32(np.iinfo(integer_N.dtype).max)
+        above_N = beyond_N | (np.where(beyond_N, 0, value_N).astype(integer_N.dtype) > integer_N)
+        value_N = np.where(above_N, np.nextafter(value_N, np.float32(-np.inf)), value_N)
+    if array.null_count:
+        value_N[array.is_null().to_numpy(zero_copy_only=False)] = np.nan
+    return value_N
 
 
 def flat(column: pa.ChunkedArray | pa.Array) -> pa.Array:

@@ -4,7 +4,8 @@
 module. A cohort is a conjunction of conditions on columns:
 
 - equals: the column holds this int, string or bool;
-- interval: lower <= float32(value) < upper, a missing bound is open (NaN belongs to no interval);
+- interval: lower <= float32(value) < upper, a missing bound is open (NaN belongs to no interval). An
+  integer that is no float32 is rounded down, so the bounds, which are float32, divide integers exactly;
 - null: the column holds null, or NaN;
 - draw: a random share of the column's values, for placebos: lower <= h < upper, where h in [0, 1) is a
   hash of the value and of the number of the draw.
@@ -26,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from c2al.data.arrow_types import flat, float64, is_text, plain
+from c2al.data.arrow_types import flat, float32_rounded_down, float64, is_text, plain
 from c2al.data.hashing import hash64, mix64, splitmix64
 from c2al.errors import CohortError
 from c2al.files import write_atomically
@@ -379,14 +380,15 @@ def drawn_share(values: pa.Array | pa.ChunkedArray, draw: int) -> npt.NDArray[np
 def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.NDArray[np.float32]:
     """The values of a numeric axis as float32 (R,), null as NaN; how cuts are compared everywhere.
 
-    Integers are rounded to float64 first, with nulls or without. Raises CohortError for a column that
-    is neither integer nor floating.
+    Floats are rounded to the nearest float32, as the cuts are. Integers are rounded down: value >= cut
+    then holds of the rounded value exactly when it holds of the integer, since a cut is a float32.
+    Raises CohortError for a column that is neither integer nor floating.
     """
     values = flat(plain(values))
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+    if pa.types.is_integer(values.type):
+        return float32_rounded_down(values)
+    if not pa.types.is_floating(values.type):
         raise CohortError(f"axis '{axis}': column '{column}' is {values.type}, percentiles and edges need a number")
     raw_R = float64(values) if values.null_count else np.from_dlpack(values)
-    if raw_R.dtype.kind in "iu":
-        raw_R = raw_R.astype(np.float64)
     with np.errstate(over="ignore"):  # Beyond float32 is infinity, which lies in the last interval.
         return np.asarray(raw_R, np.float32)

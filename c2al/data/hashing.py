@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from c2al.compiled import compiled
 from c2al.data.arrow_types import is_integral, is_text
 
 try:
@@ -69,32 +70,22 @@ def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
     return out
 
 
-def _compiled(function: Any) -> Any:
-    """`function` compiled by numba where it is installed; kept on disk where there is a place to write it."""
-    if numba is None:
-        return function
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # An install that cannot be written, and no home folder.
-        return numba.njit(nogil=True)(function)
+_splitmix64 = compiled()(splitmix64)
+_mix64 = compiled()(mix64)
 
 
-_splitmix64 = _compiled(splitmix64)
-_mix64 = _compiled(mix64)
-
-
-@_compiled
+@compiled()
 def _hash_words(word_V, out):  # type: ignore[no-untyped-def]
     for i in range(len(word_V)):
         out[i] = _splitmix64(word_V[i])
 
 
-@_compiled
+@compiled()
 def _rotate(x, bits):  # type: ignore[no-untyped-def]
     return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
 
 
-@_compiled
+@compiled()
 def _round(a, b, c, d):  # type: ignore[no-untyped-def]
     """One SipRound of the paper's Figure 2.1, on v0, v1, v2, v3."""
     a, c = a + b, c + d
@@ -105,7 +96,7 @@ def _round(a, b, c, d):  # type: ignore[no-untyped-def]
     return a, b, _rotate(c, 32), d
 
 
-@_compiled
+@compiled()
 def _hash_strings(data, offset_V, out):  # type: ignore[no-untyped-def]
     """SipHash-2-4 of data[offset_V[i]:offset_V[i + 1]], then the finaliser."""
     for i in range(len(out)):

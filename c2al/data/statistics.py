@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -123,13 +123,21 @@ def alone(items: Sequence[Item], function: Callable[[Item], T], /) -> list[T]:
     return [function(item) for item in items]
 
 
-def fit_statistics(paths: Sequence[str], data: DataConfig, share: Share = alone, parts: int = 1) -> Statistics:
+class Watched(Protocol):
+    """The items one by one, as `World.watched` hands them out: it can end a long loop with an error."""
+
+    def __call__(self, items: Iterable[Item], /) -> Iterator[Item]: ...
+
+
+def fit_statistics(
+    paths: Sequence[str], data: DataConfig, share: Share = alone, parts: int = 1, watched: Watched = iter
+) -> Statistics:
     """Mean, deviation and vocabularies of the training split, in one streaming pass.
 
-    `share` deals out the row groups in `parts` parts, one per rank. The result is the same, bit for
-    bit, for any number of parts: moments are taken per row group in float64 and merged in the order of
-    the row groups (Chan, Golub and LeVeque 1979), and counts are integers. Neither memory nor accuracy
-    depends on the number of rows.
+    `share` deals out the row groups in `parts` parts, one per rank, and `watched` hands them out there. The
+    result is the same, bit for bit, for any number of parts: moments are taken per row group in float64 and
+    merged in the order of the row groups (Chan, Golub and LeVeque 1979), and counts are integers. Neither
+    memory nor accuracy depends on the number of rows.
 
     A vocabulary keeps the num_embeddings - 1 most frequent values that occur at least min_count times; of
     equally frequent ones the smaller. Admission to a hashed table counts rows, in 8 bytes each on every
@@ -140,7 +148,7 @@ def fit_statistics(paths: Sequence[str], data: DataConfig, share: Share = alone,
     sparse = [*_vocabularies(data), *_counted(data)]
     columns = sorted({f.column for f in _standardised(data)} | {f.column for f in sparse})
     groups = [(file, i) for file in files for i, rows in enumerate(file.row_group_rows) if rows and columns]
-    scanned = share(range(parts), lambda part: _scan(groups[part::parts], columns, data))
+    scanned = share(range(parts), lambda part: _scan(watched(groups[part::parts]), columns, data))
     spreads: dict[str, Spread] = {}
     for i in range(len(groups)):
         for column, of_group in scanned[i % parts].spreads[i // parts].items():
@@ -222,7 +230,7 @@ class _Scanned:
     """Table with counted rows -> how often the part reaches each row."""
 
 
-def _scan(groups: Sequence[tuple[File, int]], columns: Sequence[str], data: DataConfig) -> _Scanned:
+def _scan(groups: Iterable[tuple[File, int]], columns: Sequence[str], data: DataConfig) -> _Scanned:
     """Reads the row groups (file, index), none of them empty."""
     spreads: list[dict[str, Spread]] = []
     counts = {f.table_name: _Counts() for f in _vocabularies(data)}

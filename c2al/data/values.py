@@ -47,7 +47,8 @@ def dense_values(column: pa.ChunkedArray, feature: DenseFeature, where: str) -> 
     """
     array = flat(column)
     if feature.null is None:
-        refuse_null(array, feature.column, where, " and its feature declares no null value")
+        declared = " and its feature declares no null value; name one beside its column, e.g. null = 0"
+        refuse_null(array, feature.column, where, declared)
     x = float64(array)
     if array.null_count and feature.null is not None:
         x = np.where(array.is_null().to_numpy(zero_copy_only=False), feature.null, x)

@@ -57,13 +57,26 @@ def targets(axes: Sequence[Axis]) -> tuple[Target, ...]:
 
 
 def fixed_cuts(axes: Sequence[Axis]) -> dict[str, tuple[float, ...]]:
-    """The cuts of the axes of kind 'edges'. Raises CohortError where two edges are one float32, or one is beyond."""
+    """The cuts of the axes of kind 'edges', as float32.
+
+    Raises CohortError where two edges are one float32, where one is beyond float32, and where one is so
+    large that float32 would move it past an integer.
+    """
     cuts = {a.name: float32_cuts(a.edges) for a in axes if a.kind == "edges"}
     for name, values in cuts.items():
         if not all(map(math.isfinite, values)):
             raise CohortError(f"axis '{name}': an edge is beyond float32 (3.4e38): {list(values)}")
         if len(set(values)) < len(values):
             raise CohortError(f"axis '{name}': two edges are the same float32: {list(values)}")
+    for axis in (a for a in axes if a.kind == "edges"):
+        for edge, value in zip(axis.edges, map(np.float32, axis.edges), strict=True):
+            if abs(edge) > 2**24 and float(value) != edge:
+                other = np.nextafter(value, np.float32(math.inf if float(value) < edge else -math.inf))
+                low, high = sorted((int(value), int(other)))
+                raise CohortError(
+                    f"axis '{axis.name}': edges are float32, which does not hold {edge:.17g}; the nearest that it "
+                    f"holds are {low} and {high}"
+                )
     return cuts
 
 

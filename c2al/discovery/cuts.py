@@ -8,10 +8,10 @@ or files, and its rank error is 0.
 
 from fractions import Fraction
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from c2al.compiled import compiled
 from c2al.errors import CohortError
 
 RADIX = 1 << 16
@@ -107,20 +107,20 @@ def _value(key: int) -> np.float32:
     return np.uint32(bits).view(np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _ordered(bits):  # type: ignore[no-untyped-def]
     flip = np.uint32(0xFFFFFFFF) if bits >> np.uint32(31) else np.uint32(0x80000000)
     return bits ^ flip
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _count_top(value_R, bits_R, count):  # type: ignore[no-untyped-def]
     for i in range(len(value_R)):
         if value_R[i] == value_R[i]:
             count[np.uint64(_ordered(bits_R[i]) >> np.uint32(16))] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _count_low(value_R, bits_R, bucket_of, count):  # type: ignore[no-untyped-def]
     for i in range(len(value_R)):
         key = _ordered(bits_R[i])

@@ -16,11 +16,11 @@ pyarrow's `to_numpy` loads pandas (40 MiB).
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from c2al.compiled import compiled
 from c2al.data.arrow_types import is_text
 from c2al.data.cohorts import Category, numeric
 from c2al.errors import CohortError, DataError
@@ -294,7 +294,7 @@ def _word(value_R: npt.NDArray[Any]) -> _Integers:
     return value_R if value_R.dtype in (np.int32, np.int64) else value_R.astype(np.int64)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _cut(value_R, cuts, digit_R):  # type: ignore[no-untyped-def]
     """Number of cuts <= value; NaN goes to the digit after the last interval. One SIMD pass per cut."""
     missing = np.int32(len(cuts) + 1)
@@ -307,7 +307,7 @@ def _cut(value_R, cuts, digit_R):  # type: ignore[no-untyped-def]
                 digit[i] += np.int32(value[i] >= cut)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _subtract(value_R, base, size, digit_R):  # type: ignore[no-untyped-def]
     """Writes value - base; whether all of them lie in [0, size). SIMD code."""
     outside = False
@@ -318,7 +318,7 @@ def _subtract(value_R, base, size, digit_R):  # type: ignore[no-untyped-def]
     return not outside
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _look_up(value_R, base, table, digit_R):  # type: ignore[no-untyped-def]
     """Writes table[value - base], -1 beyond the table; whether no digit is -1.
 

@@ -13,10 +13,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from c2al.compiled import compiled
 from c2al.data.cohorts import Category
 from c2al.errors import CohortError
 
@@ -191,7 +191,7 @@ def _grow(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
 # The kernels index with unsigned integers: numba then leaves out the wrap-around of negative ones.
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _prepare(bits_R, label_R, place_R):  # type: ignore[no-untyped-def]
     """Branch-free, so that it becomes SIMD code; whether every row is valid is folded into one flag."""
     bad = False
@@ -210,14 +210,14 @@ def _prepare(bits_R, label_R, place_R):  # type: ignore[no-untyped-def]
     return not bad
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _prepare_groups(place_R, group_R, group_cell_R):  # type: ignore[no-untyped-def]
     for i in range(len(place_R)):
         coarse = ((place_R[i] >> np.uint32(_LOW_BITS + 1)) + np.uint32(3)) >> np.uint32(2)
         group_cell_R[i] = np.uint32(group_R[i]) * np.uint32(COARSE) + coarse
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _scatter(code_R, place_R, packed):  # type: ignore[no-untyped-def]
     one = np.uint64(1) << np.uint64(_PACK)
     for i in range(len(code_R)):
@@ -226,7 +226,7 @@ def _scatter(code_R, place_R, packed):  # type: ignore[no-untyped-def]
         packed[np.uint64(at)] += one + np.uint64(place & np.uint32(LOW_MASK))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _scatter_groups(code_R, group_cell_R, group):  # type: ignore[no-untyped-def]
     for i in range(len(code_R)):
         at = np.uint32(code_R[i]) * np.uint32(GROUPS * COARSE) + np.uint32(group_cell_R[i])

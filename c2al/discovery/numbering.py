@@ -8,10 +8,10 @@ the order in which cohorts appear, and never change.
 import math
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from c2al.compiled import compiled
 from c2al.discovery.digits import Digits, Encoder
 from c2al.discovery.histogram import Key
 from c2al.errors import CohortError
@@ -88,7 +88,7 @@ class Numbering:
             self._table[combination] = number
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _number(first_R, second_R, third_R, scale_1, scale_2, scale_3, table, number_R):  # type: ignore[no-untyped-def]
     """Writes the table's entries of the combinations; whether none is -1. A scale of 0 leaves a digit out.
 

@@ -65,7 +65,7 @@ def scan(files: Sequence[File], record: ScanRecord, folder: Path, world: World) 
         own = Checkpoint(empty, folder, len(before), world.rank)
         texts = [a.column for a in plain_axes(axes) if a.kind == "categorical"]
         worker = functools.partial(_CountWorker, own, config)
-        RowGroups(files, left, read, texts).feed(worker, config.threads, "count", world.rank == 0)
+        RowGroups(files, left, read, texts).feed(worker, config.threads, "count", world.rank == 0, world.watched)
         return kept.plus(own.total.counts)
 
     return _reduce(world.together(count), world)
@@ -154,7 +154,7 @@ def _percentile_cuts(
         def work() -> None:
             read = list(dict.fromkeys(columns))
             worker = functools.partial(_CutWorker, cuts, columns, totals, lock)
-            RowGroups(files, units, read).feed(worker, config.threads, name, world.rank == 0)
+            RowGroups(files, units, read).feed(worker, config.threads, name, world.rank == 0, world.watched)
 
         world.together(work)
         return [world.all_sum(torch.from_numpy(t)).numpy() for t in totals]

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from c2al.data.source import File
+from c2al.data.statistics import Watched
 from c2al.discovery.accumulate import BLOCK_ROWS
 from c2al.discovery.saved import Unit
 from c2al.errors import C2ALError
@@ -38,13 +39,15 @@ class RowGroups:
         self._units = units
         self.rows = sum(files[f].row_group_rows[g] for f, g in units)
 
-    def feed(self, new_worker: Callable[[], Worker], threads: int, name: str, report: bool) -> None:
+    def feed(
+        self, new_worker: Callable[[], Worker], threads: int, name: str, report: bool, watched: Watched = iter
+    ) -> None:
         """Hands every row group to one of `threads` workers, each in a thread of its own.
 
         An error stops all threads; those of the data get file and row group in front. `report`: shows
-        the pass called `name` on the terminal.
+        the pass called `name` on the terminal. `watched` hands out the row groups, and may raise.
         """
-        todo, stop = _Todo(self._units), threading.Event()
+        todo, stop = _Todo(watched(self._units)), threading.Event()
 
         def thread() -> None:
             try:
@@ -75,8 +78,8 @@ class RowGroups:
 class _Todo:
     """The row groups that no thread has taken yet."""
 
-    def __init__(self, units: Sequence[Unit]):
-        self._units, self._lock = iter(units), threading.Lock()
+    def __init__(self, units: Iterator[Unit]):
+        self._units, self._lock = units, threading.Lock()
 
     def next(self) -> Unit | None:
         with self._lock:

@@ -1,10 +1,10 @@
 """Users -> groups of the delete-a-group jackknife."""
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from c2al.compiled import compiled
 from c2al.data.arrow_types import decoded, is_text
 from c2al.data.hashing import hash64, splitmix64
 from c2al.discovery.histogram import GROUPS
@@ -31,10 +31,10 @@ def user_groups(users: pa.Array, column: str) -> npt.NDArray[np.uint8]:
     return (hash64(users) % np.uint64(GROUPS)).astype(np.uint8)
 
 
-_splitmix64 = numba.njit(nogil=True, cache=True)(splitmix64)
+_splitmix64 = compiled()(splitmix64)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _integer_groups(value_R, group_R):  # type: ignore[no-untyped-def]
     """`hash64` of integers, modulo G, in one pass: users are hashed in every row of a scan."""
     for i in range(len(value_R)):

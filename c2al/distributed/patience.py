@@ -27,6 +27,8 @@ MAIN = "main"
 """Name of the rounds of the main threads."""
 LEAVE_SECONDS = 30.0
 """How long a rank with an error waits for ranks that still work, before it leaves without them."""
+LOOK_SECONDS = 1.0
+"""How long a rank that works goes on without a look at whether another has left."""
 _FAILED = "failed"
 _POLL_SECONDS = (0.002, 0.25)
 """Shortest and longest pause between two looks at the store."""
@@ -65,6 +67,8 @@ class Board:
     def __init__(self, rank: int, size: int, timeout: float, group: dist.ProcessGroup):
         self._rank, self._size, self._timeout = rank, size, timeout
         self._rounds: defaultdict[str, int] = defaultdict(int)
+        self._looked = -math.inf
+        """When this rank last looked for an error of another."""
         prefix = [uuid.uuid4().hex]
         dist.broadcast_object_list(prefix, src=0, group=group)
         self._store = PrefixStore(f"c2al/{prefix[0]}", _get_default_store())
@@ -92,7 +96,13 @@ class Board:
         return None, error
 
     def raise_if_another_left(self) -> None:
-        """Raises the error of a rank that has left because of it. Not collective and cheap: for long loops."""
+        """Raises the error of a rank that has left because of it. Not collective, callable from any thread.
+
+        It is cheap enough for every turn of a loop: it looks at most once per LOOK_SECONDS.
+        """
+        if (now := time.monotonic()) - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
         if (error := self.error_of_another(seconds=0)) is not None:
             raise error
 

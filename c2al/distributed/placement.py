@@ -7,10 +7,11 @@ block's rows and columns follow.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from torchrec.distributed.embedding_types import ShardingType
 
-from c2al.distributed.process import World
 from c2al.errors import PlanError
 from c2al.state import read_state, write_state
 
@@ -20,6 +21,29 @@ DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 COLUMN_SPLIT = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
 GRID = ShardingType.GRID_SHARD.value
 ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, GRID)
+
+
+class Ranks(Protocol):
+    """How many ranks there are and on what: a `World`, or a `Cluster` that is only planned for."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def local_size(self) -> int:
+        """Ranks per host."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Ranks that need not be there."""
+
+    size: int
+    local_size: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,7 @@ class Placement:
             extents.append(Extent(rank, row, column * width, min(height, rows - row), width))
         return extents
 
-    def problem(self, rows: int, dim: int, world: World) -> str | None:
+    def problem(self, rows: int, dim: int, world: Ranks) -> str | None:
         """Why this placement cannot hold a rows x dim table in `world`; None when it can."""
         ranks, n, local = self.ranks, len(self.ranks), world.local_size
         hosts = [list(range(h * local, (h + 1) * local)) for h in range(world.size // local)]

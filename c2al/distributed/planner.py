@@ -13,8 +13,7 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.modules.embedding_configs import PoolingType
 
 from c2al.config import Config
-from c2al.distributed.placement import COLUMN_SPLIT, DATA_PARALLEL, GRID, ROW_SPLIT, Placement, Plan
-from c2al.distributed.process import World
+from c2al.distributed.placement import COLUMN_SPLIT, DATA_PARALLEL, GRID, ROW_SPLIT, Placement, Plan, Ranks
 from c2al.distributed.tables import tables_of
 from c2al.errors import PlanError
 
@@ -48,8 +47,11 @@ class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
         return sorted(options, key=lambda o: (order[o.fqn], o.sharding_type, o.num_shards))
 
 
-def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
-    """Lets TorchRec's planner place every table within the constraints of the config."""
+def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
+    """Lets TorchRec's planner place every table within the constraints of the config.
+
+    Raises PlanError when nothing fits, or when no GPU is here whose memory `dist.hbm_gib = 0` stands for.
+    """
     if not tables_of(model):
         return {}
     special = {t.name: t for t in config.dist.tables}
@@ -72,15 +74,7 @@ def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
                 float(max(features[f].max_length, 1)) if f in features else 1.0 for f in embedding.feature_names
             ],
         )
-    cuda = world.device.type == "cuda"
-    hbm = config.dist.hbm_gib * GIB
-    topology = Topology(
-        world_size=world.size,
-        local_world_size=world.local_size,
-        compute_device=world.device.type,
-        hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
-        ddr_cap=int(config.dist.ddr_gib * GIB),
-    )
+    topology = _topology(config, world)
     batch_size = max(1, config.train.batch_size // world.size)
     planner = EmbeddingShardingPlanner(
         topology=topology,
@@ -106,6 +100,19 @@ def choose_plan(model: nn.Module, config: Config, world: World) -> Plan:
         for module in torchrec_plan.plan.values()
         for table, s in module.items()
     }
+
+
+def _topology(config: Config, world: Ranks) -> Topology:
+    cuda, hbm = world.device.type == "cuda", config.dist.hbm_gib * GIB
+    if cuda and not hbm and not torch.cuda.is_available():
+        raise PlanError("dist.hbm_gib: must be set to plan for GPUs where none is to be asked")
+    return Topology(
+        world_size=world.size,
+        local_world_size=world.local_size,
+        compute_device=world.device.type,
+        hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
+        ddr_cap=int(config.dist.ddr_gib * GIB),
+    )
 
 
 def kernel_of(sharding_type: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -58,12 +58,21 @@ class World:
         """What `function`, which takes part in no collective, returns here; raises on every rank if it does on any.
 
         `function` may take any time: the other ranks wait for as long as this one shows that it is
-        alive. One that takes minutes should call `board.raise_if_another_left` now and then.
+        alive. A loop in it that takes minutes goes over `watched` items.
         An OSError becomes an OutputError, so that every rank leaves with the same exit code.
         """
         result, error = self.board.round(function, group.group_name if group else MAIN)
         self.agree(error, group)
         return cast(T, result)
+
+    def watched(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items. Raises, before the next one, the error of another rank that has left because of it.
+
+        For long loops in `together`, which would else go on for nothing until they end.
+        """
+        for item in items:
+            self.board.raise_if_another_left()
+            yield item
 
     def once(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """What `function` returns or raises on rank 0, on every rank (pickled); the others do not call it.
@@ -78,7 +87,7 @@ class World:
 
         `items` must be the same on every rank. Raises on every rank if `function` does on any.
         """
-        mine = self.together(lambda: [function(item) for item in items[self.rank :: self.size]])
+        mine = self.together(lambda: [function(item) for item in self.watched(items[self.rank :: self.size])])
         everyone: list[list[T]] = [[]] * self.size
         dist.all_gather_object(everyone, mine, group=self.control)
         return [everyone[i % self.size][i // self.size] for i in range(len(items))]
@@ -140,11 +149,12 @@ def process_group(config: DistConfig) -> Iterator[World]:
     within `timeout_seconds`, the rendezvous address cannot be used, or a collective inside the block
     fails because a rank is gone or silent.
     """
-    _hush_the_stack()
+    hush_the_stack()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = _device(config.device, local_rank)
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     adopted = dist.is_initialized()
+    before = {name: os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     if not adopted:
         _initialise("nccl" if device.type == "cuda" else "gloo", timeout)
     world: World | None = None
@@ -172,6 +182,7 @@ def process_group(config: DistConfig) -> Iterator[World]:
             yield world
     finally:
         closed = [close(CLOSE_SECONDS) for close in world._closers] if world else []
+        _restore_environment(before)
         if not adopted and all(closed):
             dist.destroy_process_group()
 
@@ -194,6 +205,15 @@ def _alike(world: World) -> Iterator[None]:
     except BaseException as e:
         world.board.leave_error(e)
         raise
+
+
+def _restore_environment(before: dict[str, str | None]) -> None:
+    """Else what this process starts later takes itself for a rank."""
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _device(choice: str, local_rank: int) -> torch.device:
@@ -238,7 +258,7 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
         ) from e
 
 
-def _hush_the_stack() -> None:
+def hush_the_stack() -> None:
     """Silences warnings of the pinned torch, torchrec and fbgemm that only their developers can act on.
 
     They announce calls that will be renamed and give hints for their own planners. Errors still come through.

@@ -30,13 +30,17 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim import RowWiseAdagrad
 
 from c2al.config import Config, DistConfig
-from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, read_plan, write_plan
+from c2al.distributed.exchange import bytes_sent
+from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, Ranks, read_plan, write_plan
 from c2al.distributed.planner import Sharder, choose_plan, kernel_of
-from c2al.distributed.process import World
+from c2al.distributed.process import World, hush_the_stack
 from c2al.distributed.table_update import update_on_host
 from c2al.distributed.tables import collections_of, initialise, plan_of, sharded_configs, tables_of
 from c2al.errors import PlanError
 from c2al.text import table as text_table
+
+FEW_RANKS = 16
+"""Ranks of which each has a line in a plan's text."""
 
 
 def shard_model(
@@ -127,7 +131,31 @@ def plan_table(dmp: DistributedModelParallel) -> str:
     A table's line has its type, kernel, ranks, and the bytes of its weights and moments on all ranks.
     """
     sizes = {t.name: (t.num_embeddings, t.embedding_dim) for t in sharded_configs(dmp)}
-    plan, size, local_size = plan_of(dmp), torch.distributed.get_world_size(), get_local_size()
+    return _plan_text(plan_of(dmp), sizes, torch.distributed.get_world_size(), get_local_size())
+
+
+def planned(model: nn.Module, config: Config, ranks: Ranks) -> tuple[Plan, str]:
+    """The planner's plan for ranks that need not be there, and its text with what leaves each rank in a step.
+
+    Raises PlanError when none fits or the plan does not suit the config.
+    """
+    hush_the_stack()
+    tables = tables_of(model)
+    plan = choose_plan(model, config, ranks)
+    _validate(plan, "the planner", tables, config, ranks)
+    sizes = {name: (t.num_embeddings, t.embedding_dim) for name, t in tables.items()}
+    element = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[config.dist.forward_comm]
+    batch = max(1, config.train.batch_size // ranks.size)
+    sent_N2 = bytes_sent(plan, tables, ranks, batch, element)
+    lines = [
+        f"pooled embeddings sent {where} per forward pass of {batch:,} rows per rank: "
+        f"mean {sent_N.mean():,.0f} bytes, most {sent_N.max():,.0f} (rank {sent_N.argmax()})"
+        for where, sent_N in zip(("within a host", "over the network"), sent_N2.T, strict=True)
+    ]
+    return plan, "\n".join([_plan_text(plan, sizes, ranks.size, ranks.local_size), *lines])
+
+
+def _plan_text(plan: Plan, sizes: Mapping[str, tuple[int, int]], size: int, local_size: int) -> str:
     load = [0] * size
     lines = [("table", "rows x dim", "sharding", "kernel", "ranks", "bytes")]
     for name, chosen in plan.items():
@@ -141,13 +169,17 @@ def plan_table(dmp: DistributedModelParallel) -> str:
             total = _bytes(rows, dim) * size
             load = [b + _bytes(rows, dim) for b in load]
         kernel = "dense" if chosen.sharding == DATA_PARALLEL else "fused"
-        ranks = "all" if chosen.sharding == DATA_PARALLEL else ",".join(map(str, chosen.ranks))
+        every = chosen.sharding == DATA_PARALLEL or (size > FEW_RANKS and len(chosen.ranks) == size)
+        ranks = "all" if every else ",".join(map(str, chosen.ranks))
         lines.append((name, f"{rows} x {dim}", chosen.sharding, kernel, ranks, f"{total:,}"))
     loads = [f"rank {rank}: {stored:,} bytes" for rank, stored in enumerate(load)]
+    if size > FEW_RANKS:
+        most = max(range(size), key=load.__getitem__)
+        loads = [f"{size} ranks: {min(load):,} to {load[most]:,} bytes (rank {most})"]
     return "\n".join([text_table(lines, left=5), *loads])
 
 
-def _validate(plan: Plan, source: str, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: World) -> None:
+def _validate(plan: Plan, source: str, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: Ranks) -> None:
     """Raises PlanError, with `source` in front, naming every table that the plan does not suit."""
     problems = [f"table '{name}' is in the plan, not in the model" for name in plan.keys() - tables.keys()]
     problems += [f"table '{name}' is in the model, not in the plan" for name in tables.keys() - plan.keys()]

@@ -22,6 +22,8 @@ from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingB
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from c2al.compiled import compiled
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Features = NDArray[np.int64]
@@ -124,7 +126,7 @@ def _fused_multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
     return numba.float32(numba.float32, numba.float32, numba.float32), code
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(error_model="numpy")
 def _sum_of_squares(values_D: Floats, lane_8: Floats) -> np.float32:
     """In eight sums side by side, then added as a processor adds neighbours: fbgemm's order. D is a multiple of 4."""
     lane_8[:] = np.float32(0.0)
@@ -138,7 +140,7 @@ def _sum_of_squares(values_D: Floats, lane_8: Floats) -> np.float32:
     return np.float32(low + ((lane_8[4] + lane_8[5]) + (lane_8[6] + lane_8[7])))
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@compiled(error_model="numpy")
 def _row_wise_adagrad(
     weight: Floats,
     moment_R: Floats,

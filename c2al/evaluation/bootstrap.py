@@ -13,9 +13,9 @@ has weight 1: the point estimate.
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from c2al.compiled import compiled
 from c2al.data.hashing import mix64
 from c2al.ne import normalized_entropy
 
@@ -35,10 +35,10 @@ _POISSON = np.array(
 """w = number of these thresholds (the Poisson(1) distribution function in 64 bits) that a hash reaches."""
 
 
-_mix = njit(inline="always")(mix64)
+_mix = compiled(inline="always")(mix64)
 
 
-@njit(nogil=True)
+@compiled()
 def poisson_weights(seed, user, weight_R):  # type: ignore[no-untyped-def]
     """Fills weight_R with 1 and then w(user, 1), w(user, 2), ... for two uint64 values."""
     state = _mix(_mix(seed + _STEP) ^ user)
@@ -51,7 +51,7 @@ def poisson_weights(seed, user, weight_R):  # type: ignore[no-untyped-def]
         weight_R[r] = k
 
 
-@njit(nogil=True)
+@compiled()
 def count(segment_NA, label_N, weight_N, bin_NJ, rows_G2, histogram_GJ2K):  # type: ignore[no-untyped-def]
     """Adds a block to the rows of each segment and label, and to its weighted logit histograms.
 
@@ -83,7 +83,7 @@ def placements(histogram_GJ2K: Float) -> tuple[Float, Float, Float]:
     return np.stack((above, below), axis=-2), (positive * below).sum(axis=-1), error
 
 
-@njit(nogil=True)
+@compiled()
 def resample(user_N, segment_NA, label_N, weight_N, loss_NJ, prediction_NJ, bin_NJ, place_GJ2K, seed, sums_GVR):  # type: ignore[no-untyped-def]
     """Adds a block, sorted by user, to the sums of every segment and replicate.
 
@@ -129,7 +129,7 @@ def resample(user_N, segment_NA, label_N, weight_N, loss_NJ, prediction_NJ, bin_
         first = last
 
 
-@njit(nogil=True)
+@compiled()
 def resample_pairs(user_N, item_N, segment_NA, label_N, weight_N, loss_NJ, seed, sums_GVR):  # type: ignore[no-untyped-def]
     """Adds a block to the sums of a bootstrap that gives a row the weight w(user, r) w(item, r).
 
@@ -156,7 +156,7 @@ def resample_pairs(user_N, item_N, segment_NA, label_N, weight_N, loss_NJ, seed,
                         sums_GVR[g, 2 + j, r] += w * loss_NJ[n, j]
 
 
-@njit(nogil=True)
+@compiled()
 def resample_sums(user_U, segment_U, sum_UV, seed, sums_GVR):  # type: ignore[no-untyped-def]
     """Adds sums that belong to one user and one segment each, sorted by user, to the replicates."""
     weight_R = np.empty(sums_GVR.shape[2])

@@ -4,8 +4,9 @@ Letters: N rows, A axes, J runs, U (user, segment) pairs.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from c2al.compiled import compiled
 
 Float = NDArray[np.float64]
 UserSums = tuple[NDArray[np.uint64], NDArray[np.int64], Float]
@@ -57,7 +58,7 @@ def _of_axis(
     return user_N[first_N][used_U], segment_N[first_N][used_U].astype(np.int64), sum_UV[used_U]
 
 
-@njit(nogil=True)
+@compiled()
 def _wins(pair_N, label_N, weight_N, prediction_N, pairs):  # type: ignore[no-untyped-def]
     """(U,) sum over (positive, negative) pairs of rows of weights * [positive ranked above], ties half.
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     arms = _arms(args)
     if args.cohorts is None and (cut := [axis.name for axis in config.axes if axis.kind != "categorical"]):
-        print(f"axes left out, since their cuts are in a cohorts.json: {', '.join(cut)}", file=sys.stderr)
+        print(f"axes left out, since their cuts are in a cohorts.json (--cohorts): {', '.join(cut)}", file=sys.stderr)
     comparisons = [(a, against) for a, against in args.compare]
     evaluation = evaluate(
         arms, args.cohorts, config.axes, config.evaluate, config.seed, args.output, config.data, comparisons

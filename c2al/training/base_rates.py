@@ -74,8 +74,7 @@ def count_base_rates(config: Config, cohorts: Sequence[CohortSpec], world: World
     encoder = Encoder(bare, Statistics(moments={}, vocabularies={}), cohorts, ())
     files = world.together(lambda: open_dataset(config.data.train))
     groups = [(file, i) for file in files for i, rows in enumerate(file.row_group_rows) if rows]
-    parts = world.share(range(world.size), lambda rank: [_count(*g, encoder) for g in groups[rank :: world.size]])
-    counted = [counts for part in parts for counts in part]
+    counted = world.share(groups, lambda group: _count(*group, encoder))
     total = [_sum(column) for column in zip(*counted, strict=True)]
     rates = BaseRates(all=total[0], cohorts=tuple(total[1:]))
     _refuse_empty(rates, cohorts, config, source)

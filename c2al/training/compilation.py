@@ -20,25 +20,46 @@ from c2al.training.model import OverArch
 WORTH_FLOPS = 3e13
 """Least work of a run on one rank that compiling pays for: ten minutes at the 50 GFLOP/s that a core trains at. It
 saves a fifth of them at least, and takes one minute without a cache (docs/LOG.md)."""
+WORTH_STEPS = 10_000
+"""Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time, which
+saved 8 ms of 25 on an H100, and half a minute to compile one (docs/LOG.md)."""
 
 logger = logging.getLogger(__name__)
 
 
-def compile_training(dmp: DistributedModelParallel, config: Config, world: World, steps: int) -> None:
+def compile_training(
+    dmp: DistributedModelParallel, config: Config, world: World, steps: int, before: bool | None = None
+) -> None:
     """Compiles what stands above the tables of a TrainTask, as `config.train.compile` says.
 
     The choice depends on the config and the number of steps alone, and only on what lies below the encoder and
-    the prediction heads: arms that are compared are compiled alike.
+    the prediction heads: arms that are compared are compiled alike. `before` is what `is_compiled` said of the
+    run that is gone on with, None of a new one: compiled steps round otherwise, so a run that is made longer
+    stays as it began.
     """
     (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
     choice = config.train.compile
-    if choice == "off" or (choice == "auto" and (world.device.type != "cpu" or not _pays(over, config, world, steps))):
-        return
-    over.compiled = _Compiled(over, required=choice == "on")
+    pays = before
+    if choice == "auto" and before is None:
+        pays = _pays(over, config, world, steps)
+    if choice == "on" or (choice == "auto" and pays):
+        over.compiled = _Compiled(over, required=choice == "on")
+
+
+def is_compiled(dmp: DistributedModelParallel) -> bool:
+    """Whether training steps run compiled: asked for, and not failed."""
+    (over,) = (m for m in dmp.modules() if isinstance(m, OverArch))
+    return isinstance(over.compiled, _Compiled) and not over.compiled.failed
 
 
 def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
-    """Whether the run's products above the tables, forward and backward, are more than WORTH_FLOPS."""
+    """Whether compiling saves more time than it takes.
+
+    On a CPU the run's products above the tables, forward and backward, must be more than WORTH_FLOPS; on a GPU, where
+    launching them takes the host longer than the card computes, its steps.
+    """
+    if world.device.type != "cpu":
+        return steps > WORTH_STEPS
     rows = 8
     over.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -57,10 +78,10 @@ class _Compiled:
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
         options: dict[str, Any] = {"fallback_random": True}
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
-        self._required, self._failed = required, False
+        self._required, self.failed = required, False
 
     def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
-        if self._failed:
+        if self.failed:
             return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
         from torch._dynamo.exc import TorchDynamoException
 
@@ -71,5 +92,5 @@ class _Compiled:
             if self._required:
                 raise BackendError(f"train.compile = 'on': torch.compile failed: {reason}") from e
             logger.warning("train.compile: torch.compile failed, training goes on without it: %s", reason)
-            self._failed = True
+            self.failed = True
         return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]

@@ -15,6 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.config import Config
+from c2al.distributed.placement import Cluster
+from c2al.distributed.sharding import planned
+from c2al.errors import ConfigError
 from c2al.nn.dhen import DHEN, DHENLayer
 from c2al.nn.encoders import PLE, MMoE, SharedBottom
 from c2al.nn.prediction_heads import Heads
@@ -115,6 +118,24 @@ def describe(config: Config, cohorts: int) -> Description:
     return Description(cohorts=cohorts, tables=tuple(_tables(training)), layers=tuple(layers))
 
 
+def plan_for(config: Config, ranks: str) -> str:
+    """The planner's plan of the tables for `ranks`, e.g. "8x8": hosts and ranks per host, none of which need be here.
+
+    `dist.device = "auto"` stands for what is here. Raises ConfigError for other text, PlanError when nothing fits.
+    """
+    hosts, by, per_host = ranks.partition("x")
+    if not (by and hosts.isdecimal() and per_host.isdecimal() and int(hosts) and int(per_host)):
+        raise ConfigError(f"--ranks: expected HOSTSxRANKS, e.g. 8x8, is '{ranks}'")
+    cuda = config.dist.device == "cuda" or (config.dist.device == "auto" and torch.cuda.is_available())
+    local_size = config.dist.local_world_size or int(per_host)
+    size = int(hosts) * int(per_host)
+    if size % local_size:
+        raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks per host")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = C2ALModel(config)
+    return planned(model, config, Cluster(size, local_size, torch.device("cuda" if cuda else "cpu")))[1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """What one run of a module was."""
@@ -146,10 +167,14 @@ def _flops(over: OverArch, config: Config, *, backward: bool) -> dict[str, _Part
     parts = dict(_parts("over", over))
     hooks = [m.register_forward_pre_hook(entered(n)) for n, m in parts.items()]
     hooks += [m.register_forward_hook(left) for m in parts.values()]
-    features, keys = len(config.data.dense), len(over.keys)
     with torch.set_grad_enabled(backward):
-        pooled_BND = torch.zeros(1, keys, over.dim, requires_grad=backward) if keys else None
-        over.logits(torch.zeros(1, features), pooled_BND)
+        widths = [over.dims[name] if name else over.dim for name, _ in over.groups]
+        sums = [
+            torch.zeros(1, len(keys), width, requires_grad=backward)
+            for (_, keys), width in zip(over.groups, widths, strict=True)
+        ]
+        pooled_BND = over.embeddings(sums, None) if sums else None
+        over.logits(torch.zeros(1, len(config.data.dense)), pooled_BND)
         for hook in hooks:
             hook.remove()
         return {name: _alone(parts[name], args, backward) for name, args in inputs.items()}
@@ -195,12 +220,17 @@ def _parts(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _tables(model: C2ALModel) -> Iterator[Layer]:
-    if model.ebc is None:
-        return
-    for name, bag in model.ebc.embedding_bags.items():
+    """Those without weights, then the weighted ones."""
+    bags = {
+        f"{where}.{name}": bag
+        for where, collection in (("ebc", model.ebc), ("weighted_ebc", model.weighted_ebc))
+        if collection is not None
+        for name, bag in collection.embedding_bags.items()
+    }
+    for name, bag in bags.items():
         size = bag.weight.numel()
         yield Layer(
-            name=f"ebc.{name}",
+            name=name,
             output=f"(B, {bag.weight.shape[1]})",
             parameters=size,
             bytes=size * bag.weight.element_size(),

@@ -38,7 +38,7 @@ class YRecorder:
                 model(batch)
         recorder.summary()
 
-    A static Y counts once a forward, a Y of the MLP once a sample. Memory does not grow with the
+    A static Y counts once per forward pass, a Y of the MLP once per sample. Memory does not grow with the
     number of batches.
     """
 

@@ -144,7 +144,7 @@ def start_run(
         chosen = () if cohorts is None else world.once(lambda: read_cohorts(cohorts).chosen())
         rates = count_base_rates(config, chosen, world, str(cohorts))
         known = world.once(lambda: _taken_over(like, config, train))
-        statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size)
+        statistics = known or fit_statistics(config.data.train, config.data, world.share, world.size, world.watched)
         if started is not None:
             statistics = continued(open_earlier(started), config, statistics)
         world.once(lambda: _begin(path, statistics, rates, train, cohorts, started))

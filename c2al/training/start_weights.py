@@ -40,6 +40,7 @@ class _Loading:
         assert run.start is not None
         self.started, self.earlier = run.start, open_earlier(run.start)
         self.config, self.statistics, self.cohorts = run.config, run.statistics, run.names
+        self.watched = world.watched
         self.dmp, self.optimizer = dmp, optimizer
         self.parts = StoredParts(run.start.path, world.rank, world.size)
         self.notes: list[str] = []
@@ -69,7 +70,7 @@ class _Loading:
             moment_R = block.moment_R
             if moment_R is None:
                 moment_R = self.optimizer.replicated_moments[table.name]
-            for start in range(0, height, ROWS_AT_ONCE):
+            for start in self.watched(range(0, height, ROWS_AT_ONCE)):
                 part = slice(start, min(start + ROWS_AT_ONCE, height))
                 row_R = rows_of(block.row + part.start, block.row + part.stop)
                 weight_RD = block.weight_RD[part].to("cpu", copy=True)

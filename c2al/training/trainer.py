@@ -22,7 +22,7 @@ from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import CheckpointError, TrainingError
 from c2al.training.batches import training_batches, training_reader, validation_batches
-from c2al.training.compilation import compile_training
+from c2al.training.compilation import compile_training, is_compiled
 from c2al.training.diagnostics import UnitRecorder, YRecorder
 from c2al.training.dynamics import Dynamics
 from c2al.training.early_stopping import Waiting
@@ -108,7 +108,6 @@ class Trainer:
         # The schedule counts optimizer steps.
         updates = -(-self.total // self.config.train.accumulate)
         self.optimizer = make_optimizer(self.model, self.config.train.optimizer, updates, self.config.train.ema)
-        compile_training(self.model, self.config, world, self.total)
         self.steps = make_steps(self.model, self.optimizer, world, self.clock, self.config.train.accumulate)
         self.saved = CheckpointReader(run.checkpoints, world)
         self.checkpoints = CheckpointWriter(run.checkpoints, self.config.train.checkpoint, world)
@@ -117,12 +116,15 @@ class Trainer:
         self.ne: float | None = None
         """NE of the last evaluation."""
         self.waiting = Waiting()
+        self.compiled: bool | None = None
+        """Whether the steps before a resume were compiled; None in a new run."""
         self.metrics = self._new_metrics()
         if (newest := self.saved.latest()) is not None:
             self._resume(newest)
         elif run.start is not None:
             self._say(load_start(run, self.model, self.optimizer, world))
 
+        compile_training(self.model, self.config, world, self.total, self.compiled)
         self.loss_T = torch.zeros(len(self.metrics.tasks), dtype=torch.float64, device=world.device)
         """Sum of the steps' task losses since the last log line."""
         self.step_loss_T = self.loss_T
@@ -317,7 +319,8 @@ class Trainer:
         with self.clock.section("checkpoint"):
             # Rank 0's `extra` is the one that is kept, so it holds the totals of all ranks.
             lifetime = self._merged(self.metrics.lifetime).saved()
-            extra = _Extra(step=self.step, ne=self.ne, lifetime=lifetime, waiting=self.waiting)
+            compiled = is_compiled(self.model)
+            extra = _Extra(step=self.step, ne=self.ne, lifetime=lifetime, waiting=self.waiting, compiled=compiled)
             self.checkpoints.save(
                 self.step, self.model, self.optimizer, dataclasses.asdict(extra), loss=self.step_loss_T, ne=ne
             )
@@ -334,7 +337,7 @@ class Trainer:
             self.metrics = self._new_metrics(lifetime if self.world.rank == 0 else None)
         except ValueError as e:
             raise CheckpointError(f"{path}: not a checkpoint of this training run: {e}") from e
-        self.step, self.ne, self.waiting = saved.step, saved.ne, saved.waiting
+        self.step, self.ne, self.waiting, self.compiled = saved.step, saved.ne, saved.waiting, saved.compiled
         if self.step < self.total and self.step % self.config.train.accumulate:
             raise CheckpointError(
                 f"{path}: ended between two optimizer steps, since train.max_steps was no multiple of "
@@ -370,6 +373,8 @@ class _Extra:
     ne: float | None
     lifetime: SavedSums
     waiting: Waiting = dataclasses.field(default_factory=Waiting)
+    compiled: bool | None = None
+    """Whether training steps were compiled; None where an older version did not say."""
 
     def problems(self) -> Problems:
         if self.step < 0:

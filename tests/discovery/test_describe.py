@@ -97,6 +97,20 @@ def test_axes_that_cannot_be_cut_are_refused():
         fixed_cuts([Axis(name="age", column="age", kind="edges", edges=(1.0, 1.0 + 1e-9))])
 
 
+def test_an_edge_that_float32_would_move_past_integers_is_refused():
+    def cut(edge):
+        return fixed_cuts([Axis(name="views", column="views", kind="edges", edges=(10.0, edge))])["views"]
+
+    assert cut(2.0**24 - 1) == (10.0, 2.0**24 - 1)
+    assert cut(2.0**24 + 2) == (10.0, 2.0**24 + 2)
+    assert cut(0.1 + 10) == (10.0, 10.1)
+    for edge in (2.0**24 + 1, 2.0**25 + 3, 1.7e18):
+        with pytest.raises(CohortError, match=r"'views': edges are float32, which does not hold"):
+            cut(edge)
+    with pytest.raises(CohortError, match="16777217; the nearest that it holds are 16777216 and 16777218"):
+        cut(16777217.0)
+
+
 def test_accumulators_survive_a_file(tmp_path):
     total = accumulated(many_cohorts(5, 500), (TAB,), {})
     save_accumulators(tmp_path / "a.npz", total, [(0, 1)])

@@ -61,6 +61,20 @@ def test_intervals_are_closed_below_and_open_above(kind):
     assert values_of(encoder, block) == [0, 1, 1, 2, 3, 3, None]
 
 
+@pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.uint32(), pa.uint64()])
+@pytest.mark.parametrize("nulls", [[], [None]])
+def test_integers_that_are_no_float32_are_cut_where_they_are(kind, nulls):
+    """Rounded to the nearest float32, 2^25 + 3 would reach the cut at 2^25 + 4."""
+    cuts = (2**25 + 4, 2**30)
+    values = [0, 2**25 - 1, 2**25, 2**25 + 3, 2**25 + 4, 2**25 + 5, 2**30 - 1, 2**30, 2**30 + 1]
+    if kind in (pa.int64(), pa.uint64()):
+        cuts = (*cuts, 2**53, 2**60)
+        values += [2**53 - 1, 2**53, 2**53 + 1, 2**60 - 1, 2**60 + 1]
+    values += [np.iinfo(kind.to_pandas_dtype()).min, np.iinfo(kind.to_pandas_dtype()).max]
+    expected = [sum(v >= cut for cut in cuts) for v in values]
+    assert values_of(Intervals(cuts, "c", "axis"), pa.array(values + nulls, kind)) == expected + nulls
+
+
 def test_not_a_number_is_missing_and_infinities_are_not():
     encoder = Intervals((0.0,), "c", "axis")
     block = pa.array([float("nan"), float("-inf"), float("inf"), -0.0])

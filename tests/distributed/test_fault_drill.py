@@ -23,12 +23,14 @@ def drill(folder: Path, *flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.timeout(300)
-def test_a_kill_while_a_checkpoint_is_written_does_not_matter(tmp_path):
+@pytest.mark.timeout(600)
+def test_a_kill_while_a_checkpoint_is_written_does_not_matter(tmp_path, monkeypatch):
     """Seed 1 kills while writing; the run restarts by itself and ends with the undisturbed run's weights."""
-    out = drill(tmp_path / "drill", "--kills", "1", "--steps", "600", "--checkpoint-every", "20", "--seed", "1")
+    # A process that has been a rank leaves this behind; the drill still knows the workers from their launchers.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    out = drill(tmp_path / "drill", "--kills", "1", "--checkpoint-every", "20", "--seed", "1")
     assert "kill 1: while writing a checkpoint" in out
-    assert out.endswith("1 kills: final weights equal bit for bit\n")
+    assert out.endswith("steps: final weights equal bit for bit\n")
 
 
 @pytest.mark.slow
@@ -36,4 +38,5 @@ def test_twenty_kills_do_not_matter(tmp_path):
     out = drill(tmp_path / "drill", "--kills", "20")
     assert "while writing a checkpoint" in out
     assert "s after the start" in out
-    assert out.endswith("20 kills: final weights equal bit for bit\n")
+    assert "\n20 kills, " in out
+    assert out.endswith(" steps: final weights equal bit for bit\n")

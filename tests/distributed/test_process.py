@@ -1,5 +1,6 @@
 """Rendezvous, and how ranks fail together."""
 
+import contextlib
 import datetime
 import os
 import socket
@@ -9,10 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from c2al.config import DistConfig
+from c2al.config import Config, DistConfig
+from c2al.data.source import open_dataset
+from c2al.data.statistics import fit_statistics
+from c2al.discovery.row_groups import RowGroups
 from c2al.distributed import patience
 from c2al.distributed.process import process_group
 from c2al.errors import BackendError, C2ALError, CheckpointError, ConfigError, DataError, OutputError, TrainingError
+from c2al.training.base_rates import count_base_rates
+from impressions import splits
 from ranks import run_ranks
 
 CPU = DistConfig(device="cpu")
@@ -40,6 +46,18 @@ def test_a_process_nobody_launched_is_a_world_of_one():
         world.barrier()
         world.agree(None)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("before", [None, "1"])
+def test_the_environment_is_as_before_once_a_process_is_no_rank_any_more(before, monkeypatch):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+    with contextlib.suppress(DataError), process_group(CPU):
+        assert os.environ["LOCAL_WORLD_SIZE"] == "1"
+        raise DataError("an error on the way")
+    assert {os.environ.get(name) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {before}
 
 
 def launched(port: int) -> tuple[int, int, float, str, bool]:
@@ -222,9 +240,8 @@ def error_beside_long_work(port: int) -> tuple[str, float]:
     def work() -> None:
         if rank == 1:
             raise DataError("part-3.parquet: column 'age' has a null")
-        for _ in range(600):
+        for _ in world.watched(range(600)):
             time.sleep(0.1)
-            world.board.raise_if_another_left()
 
     try:
         with process_group(DistConfig(device="cpu", timeout_seconds=60)) as world:
@@ -239,6 +256,50 @@ def test_an_error_of_one_rank_does_not_wait_for_the_long_work_of_another():
     assert first == f"rank 1: {second}"
     assert second == "part-3.parquet: column 'age' has a null"
     assert waited < 30
+
+
+def loops_after_an_error(port: int, config: Config) -> list[str]:
+    """Rank 1 has left with an error. Returns what each long loop of rank 0 does then."""
+    rank = dist.get_rank()
+    as_launched(rank, 2, port)
+    patience.LOOK_SECONDS = 0.0
+    found = []
+    try:
+        with process_group(CPU) as world:
+            world.barrier()
+            if rank == 1:
+                raise DataError("part-3.parquet: column 'age' has a null")
+            while world.board.error_of_another() is None:
+                pass
+            files = open_dataset(config.data.train)
+            units = [(0, g) for g in range(len(files[0].row_group_rows))]
+            read = RowGroups(files, units, ["label"])
+            for loop in (
+                lambda: fit_statistics(config.data.train, config.data, watched=world.watched),
+                lambda: count_base_rates(config, (), world),
+                lambda: read.feed(Nothing, 1, "count", False, world.watched),
+            ):
+                try:
+                    loop()
+                    found.append("went on")
+                except DataError as e:
+                    found.append(str(e))
+    except DataError:
+        time.sleep(2)  # the file store of the test goes with the first process
+    return found
+
+
+class Nothing:
+    """A worker of a pass that counts nothing."""
+
+    def block(self, block, first_row): ...
+    def finished(self, unit): ...
+    def close(self): ...
+
+
+def test_long_loops_end_with_the_error_of_a_rank_that_left(tmp_path):
+    first, _ = run_ranks(loops_after_an_error, 2, free_port(), splits(tmp_path))
+    assert first == ["rank 1: part-3.parquet: column 'age' has a null"] * 3
 
 
 def alone_in_a_step(port: int) -> tuple[str, str]:

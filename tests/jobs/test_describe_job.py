@@ -38,6 +38,23 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> tuple[int, int]:
     return inputs * outputs + outputs * bias, 2 * inputs * outputs
 
 
+def test_weighted_tables_and_projections_are_counted():
+    tree = {**TINY, "data": {**TINY["data"], "sparse": [dict(f) for f in TINY["data"]["sparse"]]}}
+    a, b, _ = tree["data"]["sparse"]
+    a |= {"weights": "a_weights", "max_length": 3}
+    b["dim"] = 8
+    model = describe(parse_config(tree), 2)
+    assert [(t.name, t.output, t.parameters) for t in model.tables] == [
+        ("ebc.b", "(B, 8)", 8 * 7),
+        ("ebc.c", "(B, 4)", 4 * 9),
+        ("weighted_ebc.a", "(B, 4)", 4 * 5),
+    ]
+    (projection,) = [layer for layer in model.layers if layer.name == "over.projections.b"]
+    forward = 2 * 8 * 4
+    assert (projection.output, projection.training, projection.serving) == ("(B, 1, 4)", 3 * forward, forward)
+    assert projection.served
+
+
 def test_every_count_is_that_of_the_hand():
     model = describe(parse_config(TINY), 2)
     rows = {layer.name: (layer.output, layer.parameters, layer.training, layer.serving) for layer in model.layers}
@@ -191,3 +208,45 @@ def test_a_run_is_described_as_it_is(tmp_path, capsys):
     assert "--run is described as it is" in capsys.readouterr().err
     assert main(["describe", "--run", str(tmp_path / "none")]) == 2
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def planned_rows(text: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+
+
+@pytest.mark.parametrize("hosts", [1, 8, 32])
+def test_tables_are_planned_for_gpus_that_are_not_there(hosts, config, tmp_path, capsys):
+    """8, 64 and 256 GPUs: each table's bytes are held once, whatever the number of ranks."""
+    save_config(config, tmp_path / "config.toml")
+    words = ["--ranks", f"{hosts}x8", "--dist.device", "cuda", "--dist.hbm_gib", "80"]
+    assert main(["describe", "--config", str(tmp_path / "config.toml"), *words]) == 0
+    text = capsys.readouterr().out
+    rows = planned_rows(text)
+    for table, features in config.data.tables.items():
+        size = features[0].rows * (config.model.embedding_dim + 1) * 4  # a moment per row
+        assert rows[table][-1] == f"{size:,}", table
+    shown = f"rank {8 * hosts - 1}:" if hosts == 1 else f"{8 * hosts} ranks:"
+    assert shown in text
+    assert f"per forward pass of {max(config.train.batch_size // (8 * hosts), 1)} rows per rank" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ranks", "8"], "--ranks: expected HOSTSxRANKS, e.g. 8x8, is '8'"),
+        (["--ranks", "0x8"], "--ranks: expected HOSTSxRANKS"),
+        (["--ranks", "1x8", "--csv"], "--csv: is of the layers"),
+        (["--ranks", "1x3", "--dist.local_world_size", "2"], "3 ranks are not a multiple of 2 ranks per host"),
+        (["--ranks", "1x2", "--dist.ddr_gib", "0.000001"], "no sharding plan fits 2 ranks with dist.ddr_gib = 1e-06"),
+        pytest.param(
+            ["--ranks", "1x8", "--dist.device", "cuda"],
+            "dist.hbm_gib: must be set to plan for GPUs where none is to be asked",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here is asked"),
+        ),
+        (["--ranks", "1x8", "--dist.device", "cuda", "--dist.hbm_gib", "0.000001"], "no sharding plan fits 8 ranks"),
+    ],
+)
+def test_ranks_that_cannot_be_planned_for_are_refused(words, message, config, tmp_path, capsys):
+    save_config(config, tmp_path / "config.toml")
+    assert main(["describe", "--config", str(tmp_path / "config.toml"), *words]) == 2
+    assert message in capsys.readouterr().err

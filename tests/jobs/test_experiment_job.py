@@ -508,6 +508,7 @@ def test_a_share_that_is_not_there_is_refused(tmp_path, capsys, flag, said):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KUAIRAND.exists(), reason=f"the real impressions are not at {KUAIRAND}")
 def test_baseline_on_real_impressions(tmp_path):
     """Below 0.872, what an untuned two-layer stack of one epoch has; one-hot logistic regression has 0.882."""

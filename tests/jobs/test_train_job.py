@@ -1,6 +1,7 @@
 """`train` in this process: determinism, resume, what stops it and what it leaves behind."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,11 +87,19 @@ def command(config_path: Path, run: Path, *words: str) -> list[str]:
     return [sys.executable, "-m", "c2al", "train", "--config", str(config_path), "--output", str(run), *words]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_started_again_equals_uninterrupted(config, world, tmp_path, number):
+@pytest.fixture(scope="module")
+def uninterrupted(config, world, tmp_path_factory) -> Path:
+    """A folder with c.toml and its run in whole/."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     config = replace(config, **{"train.epochs": 6, "train.checkpoint.every_steps": 5})
-    save_config(config, tmp_path / "c.toml")
-    train(config, tmp_path / "whole", world)
+    save_config(config, folder / "c.toml")
+    train(config, folder / "whole", world)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, number):
+    shutil.copy(uninterrupted / "c.toml", tmp_path)
     process = subprocess.Popen(command(tmp_path / "c.toml", tmp_path / "run"), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("step*")):
@@ -106,7 +115,7 @@ def test_killed_and_started_again_equals_uninterrupted(config, world, tmp_path, 
         assert process.returncode == -signal.SIGKILL
     done = subprocess.run(command(tmp_path / "c.toml", tmp_path / "run"), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert_equal_weights(tmp_path / "whole", tmp_path / "run")
+    assert_equal_weights(uninterrupted / "whole", tmp_path / "run")
 
 
 def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, tmp_path):

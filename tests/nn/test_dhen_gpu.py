@@ -25,10 +25,10 @@ def results(dhen, x_BMD, precision):
 @pytest.mark.parametrize("layout", ["paper", "wukong"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
-    """Relative Frobenius error: float32 accumulates some thousand roundings of 6e-8 through two layers and their
-    LayerNorms; bfloat16 is judged against the CPU's own distance to float64, on other roundings of the same size.
-    The bias of linear compression shifts whole tokens, which LayerNorm takes out: its gradient is 0, and its error is
-    judged by the size of the others."""
+    """Relative Frobenius errors against float64. float32 accumulates some thousand roundings of 6e-8 through two layers
+    and their LayerNorms. bfloat16 rounds elsewhere on a GPU than on a CPU, so one tensor alone may fare worse: the root
+    mean square over all tensors must be that of the CPU, and no tensor thrice the CPU's. The bias of linear compression
+    shifts whole tokens, which LayerNorm takes out: its gradient is 0, and its error is judged by the others' size."""
     torch.manual_seed(0)
     every = ("fm_attention", "linear", "cross", "attention")
     config = ModelConfig(embedding_dim=16, interactions=every, layers=2, fm=FMConfig(layout=layout, k=8))
@@ -38,7 +38,13 @@ def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
     cpu = results(copy.deepcopy(dhen), x_BMD, precision)
     gpu = results(dhen.cuda(), x_BMD.cuda(), precision)
     scale = torch.stack([e.norm() for e in exact[2:]]).median()
-    for a, c, e in zip(gpu, cpu, exact, strict=True):
-        size = torch.maximum(e.norm(), 0.1 * scale)
-        error, of_cpu = (a.cpu().double() - e).norm() / size, (c.double() - e).norm() / size
-        assert error <= (1e-4 if precision == "float32" else 1.5 * of_cpu + 1e-3)
+    size = [torch.maximum(e.norm(), 0.1 * scale) for e in exact]
+    of_gpu, of_cpu = (
+        torch.stack([(a.cpu().double() - e).norm() / n for a, e, n in zip(found, exact, size, strict=True)])
+        for found in (gpu, cpu)
+    )
+    if precision == "float32":
+        assert of_gpu.max() <= 1e-4
+    else:
+        assert of_gpu.square().mean().sqrt() <= 1.2 * of_cpu.square().mean().sqrt()
+        assert (of_gpu <= 3 * of_cpu + 1e-3).all()

@@ -1,4 +1,4 @@
-"""Every shipped kernel configuration compiles for sm_90 without spilling and within shared memory."""
+"""Every shipped kernel configuration compiles for sm_90 within shared memory; none that was not timed spills."""
 
 import json
 import os
@@ -30,14 +30,26 @@ def compile_all(*arguments, timeout):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+SPILLED = 40
+"""Bytes per thread that a configuration may spill that was the fastest of its grid on a card all the same."""
+
+
 def assert_no_spill(results):
-    bad = [r for r in results if r["stack"] != 0 or r["shared"] > SHARED_MEMORY]
+    bad = [r for r in results if r["stack"] > (SPILLED if r["timed"] else 0) or r["shared"] > SHARED_MEMORY]
     assert not bad, "\n".join(map(str, bad))
 
 
 def test_every_shipped_configuration():
+    """Each in one of the four variants that can be its costliest, in turn."""
     results = compile_all(timeout=600)
     assert len(results) > 100
+    assert_no_spill(results)
+
+
+@pytest.mark.slow
+def test_every_shipped_configuration_in_its_costliest_variants():
+    results = compile_all("--costliest", timeout=1200)
+    assert len(results) > 400
     assert_no_spill(results)
 
 

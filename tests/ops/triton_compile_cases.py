@@ -1,10 +1,10 @@
 """Compiles the shipped kernel configurations for sm_90 and prints one JSON line each. No GPU needed.
 
-    python triton_compile_cases.py [--variants]
+    python triton_compile_cases.py [--costliest | --variants]
 
-A configuration is compiled for a full block in the variants that can be its costliest: both layouts,
-with and without LayerNorm, and with shared Y backward, whose dY lives across samples. --variants
-compiles every variant instead.
+A configuration is compiled for a full block. Four variants can be its costliest: both layouts, with and
+without LayerNorm, and with shared Y backward, whose dY lives across samples. Of these each configuration
+gets one, in turn; with --costliest, all four. --variants compiles every variant instead.
 """
 
 import itertools
@@ -22,15 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from c2al.ops.triton import kernels
-from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, configurations
+from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, MEASURED, MEASURED_ROWS, configurations
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MEASURED_CASES = {c for table in (MEASURED, MEASURED_ROWS) for found in table.values() for c in found}
 LONG = 1024  # beyond every block: a length that streams
 
 
 def shipped():
     """Every (direction, precision, configuration) that some shape gets."""
-    shapes = itertools.product((*BLOCKS_P, LONG), (*BLOCKS_Q, LONG), BLOCKS_K)
+    shapes = itertools.product((*BLOCKS_P, 512, LONG), (*BLOCKS_Q, LONG), BLOCKS_K)
     cases = itertools.product(("forward", "backward"), ("half", "tf32", "ieee"), shapes)
     return sorted({(d, kind, c) for d, kind, shape in cases for c in configurations(d, *shape, kind)})
 
@@ -63,25 +64,29 @@ def usage(case):
     return registers, stack, compiled.metadata.shared
 
 
-def cases(variants):
-    for direction, precision, config in shipped():
+def cases(which):
+    variants = which == "--variants"
+    for number, (direction, precision, config) in enumerate(shipped()):
         elements = {"half": ("bf16", "fp16") if variants else ("bf16",)}.get(precision, ("fp32",))
         for element in elements:
             if variants:
                 for flags in itertools.product((True, False), repeat=3):
                     yield (direction, precision, config, *flags, element)
             else:
-                for paper, norm in itertools.product((True, False), repeat=2):
+                costliest = list(itertools.product((True, False), repeat=2))
+                for paper, norm in costliest if which == "--costliest" else [costliest[number % 4]]:
                     yield (direction, precision, config, paper, direction == "backward", norm, element)
 
 
 def main():
-    todo = list(cases("--variants" in sys.argv))
+    todo = list(cases(sys.argv[1] if len(sys.argv) > 1 else ""))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # cold, so that what is measured is what this source gives
         with get_context("fork").Pool(2) as pool:
             for case, (registers, stack, shared) in zip(todo, pool.imap(usage, todo, chunksize=4), strict=True):
-                print(json.dumps({"case": str(case), "registers": registers, "stack": stack, "shared": shared}))
+                timed = case[2] in MEASURED_CASES
+                row = {"case": str(case), "registers": registers, "stack": stack, "shared": shared, "timed": timed}
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

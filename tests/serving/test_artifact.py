@@ -172,6 +172,22 @@ def test_no_compiler_is_named(served, tmp_path):
         save_compiled(program, tmp_path / "a.pt2")
 
 
+class OneSize(torch.nn.Module):
+    """A network that works for batches of one size only."""
+
+    own, weighted = ("a",), ()
+
+    def forward(self, dense_BF, values, lengths):
+        return dense_BF.view(3, -1).sum(1) + values.sum() + lengths.sum()
+
+
+def test_a_network_of_one_batch_size_is_no_artifact():
+    """torch.export's UserError is our BackendError, in one line."""
+    with pytest.raises(BackendError, match="cannot make one program of this network for any number of rows: ") as e:
+        traced(OneSize(), 2)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.slow
 def test_the_compiled_variant_predicts_within_its_bound(served, raw, tmp_path):
     assert run_export(served, tmp_path / "artifact", "aoti") == 0

@@ -1,5 +1,6 @@
 """Compiled training steps: the same model, or the stated way out."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -56,7 +57,7 @@ def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
     assert ours.model.module.state_dict().keys() == plain.model.module.state_dict().keys()
     over = next(m for m in ours.model.modules() if isinstance(m, OverArch))
     assert over.compiled is not None
-    assert not over.compiled._failed
+    assert not over.compiled.failed
     over.eval()
     pooled_BND = torch.randn(5, len(over.keys), over.dim)
     dense_BF = torch.randn(5, 1)
@@ -78,6 +79,24 @@ def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, m
     assert compiled(10**9, "long")
 
 
+def test_a_run_that_is_made_longer_is_not_compiled_on_the_way(config, world, tmp_path, monkeypatch):
+    """Compiled steps round otherwise, and no step may depend on where training ends."""
+
+    def opened(steps: int) -> Trainer:
+        return Trainer(start_run(tmp_path / "run", replace(config, **{"train.max_steps": steps}), None, world), world)
+
+    def compiled(trainer: Trainer) -> bool:
+        return next(m for m in trainer.model.modules() if isinstance(m, OverArch)).compiled is not None
+
+    opened(4).train()
+    monkeypatch.setattr(compilation, "WORTH_FLOPS", 0.0)
+    longer = opened(8)
+    assert longer.step == 4
+    assert not compiled(longer)
+    compilation.compile_training(longer.model, config, world, 8, before=True)
+    assert compiled(longer), "a run that began compiled stays so, however short"
+
+
 FALLBACK = """
 import itertools, sys
 sys.path[:0] = [{tests!r}]
@@ -92,6 +111,17 @@ config = load_config(Path({config!r}))
 with process_group(config.dist) as world:
     print(trained(config, world, Path({folder!r}), 3)[1])
 """
+
+
+def test_auto_on_a_gpu_goes_by_steps(config, world, tmp_path):
+    """What it saves there is the host's time per step, whatever the size of the model. Nothing runs on the device."""
+    trainer, _ = trained(config, world, tmp_path / "run", 1, **{"train.compile": "off"})
+    (over,) = (m for m in trainer.model.modules() if isinstance(m, OverArch))
+    of_a_card = dataclasses.replace(world, device=torch.device("cuda"))
+    for steps, expected in ((compilation.WORTH_STEPS, False), (compilation.WORTH_STEPS + 1, True)):
+        over.compiled = None
+        compilation.compile_training(trainer.model, replace(config, **{"train.compile": "auto"}), of_a_card, steps)
+        assert (over.compiled is not None) == expected
 
 
 @pytest.mark.parametrize("choice", ["auto", "on"])

@@ -5,7 +5,8 @@ Letters: N rows, U users or items.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,21 @@ class Entropy:
             return None
         rate = self._positives / self._rows
         return self._loss[name] / self._rows / -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
+
+
+def setting_problems(config: Any, least: Mapping[str, float], rates: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """What is wrong with the settings of a world: one below its `least`, or one of `rates` not within (0, 1)."""
+    found = [
+        f"synth.{name}: must be at least {low}, is {getattr(config, name)}"
+        for name, low in least.items()
+        if not getattr(config, name) >= low
+    ]
+    return found + [
+        f"synth.{name}: must lie in (0, 1), is {rate}"
+        for name, own in rates.items()
+        for rate in own
+        if not 0 < rate < 1
+    ]
 
 
 def seconds(row_N: Ints, rows: int, splits: dict[str, int]) -> Floats:

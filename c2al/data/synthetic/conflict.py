@@ -30,6 +30,7 @@ from c2al.data.synthetic.base import (
     intercept,
     power_law,
     seconds,
+    setting_problems,
     sigmoid,
     strings,
 )
@@ -68,13 +69,8 @@ class SynthConfig:
     """Expected share of positives in majority, head and tail."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"synth.{name}: must be at least {least}, is {getattr(self, name)}"
-            for name, least in (("rows", DAYS), ("seed", 0), ("users", 1), ("items", 1), ("zipf", 0))
-            if not getattr(self, name) >= least
-        ]
-        problems += [f"synth.rates: must lie in (0, 1), is {r}" for r in self.rates if not 0 < r < 1]
-        if problems:
+        least = {"rows": DAYS, "seed": 0, "users": 1, "items": 1, "zipf": 0}
+        if problems := setting_problems(self, least, {"rates": self.rates}):
             raise ConfigError(problems)
 
 

@@ -40,6 +40,7 @@ from c2al.data.synthetic.base import (
     intercept,
     power_law,
     seconds,
+    setting_problems,
     sigmoid,
     strings,
 )
@@ -76,15 +77,10 @@ class LatentConfig:
     """Expected share of positives."""
 
     def __post_init__(self) -> None:
-        problems = [
-            f"synth.{name}: must be at least {least}, is {getattr(self, name)}"
-            for name, least in (("rows", DAYS), ("seed", 0), ("users", 10), ("items", 1))
-            if not getattr(self, name) >= least
-        ]
+        least = {"rows": DAYS, "seed": 0, "users": 10, "items": 1}
+        problems = setting_problems(self, least, {"rate": (self.rate,)})
         if self.world not in LATENT_WORLDS:
             problems.append(f"synth.world: must be one of {', '.join(LATENT_WORLDS)}, is {self.world!r}")
-        if not 0 < self.rate < 1:
-            problems.append(f"synth.rate: must lie in (0, 1), is {self.rate}")
         if problems:
             raise ConfigError(problems)
 

@@ -1,8 +1,9 @@
 """Which schedule and tile sizes the Triton kernels of FM attention run with, per shape and dtype.
 
 Legend: A is p x q, Y p x K; BLOCK_* see kernels.py. Every configuration that `configurations` can
-return is compiled for sm_90 by tests/ops/test_triton_compile.py, which refuses any that spills a
-register or asks for more shared memory than a Hopper block can have.
+return is compiled for sm_90 by tests/ops/test_triton_compile.py, which refuses any that asks for more
+shared memory than a Hopper block can have, and any that spills a register, but for a few bytes
+of those that were timed on a card.
 """
 
 from typing import Literal, NamedTuple
@@ -53,6 +54,29 @@ class Configuration(NamedTuple):
     stages: int
 
 
+def _columns(block_p: int, block_k: int, *tiles: tuple[int, int, int]) -> list[Configuration]:
+    return [Configuration("columns", block_p, tile, block_k, warps, stages) for tile, warps, stages in tiles]
+
+
+_SMALL = ((32, 1, 3), (16, 1, 1), (64, 4, 2))
+MEASURED: dict[tuple[Direction, int, int], list[Configuration]] = {
+    ("forward", 64, 16): _columns(64, 16, *_SMALL),
+    ("backward", 64, 16): _columns(64, 16, *_SMALL),
+    ("forward", 128, 32): _columns(128, 32, (64, 4, 2), (32, 2, 3)),
+    ("backward", 128, 32): _columns(128, 32, (64, 4, 2), (16, 2, 4)),
+    ("forward", 128, 64): _columns(128, 64, (64, 4, 3), (32, 4, 3)),
+    ("backward", 128, 64): _columns(128, 64, (32, 4, 4)),
+    ("forward", 256, 64): _columns(256, 64, (16, 4, 4), (32, 8, 3)),
+    ("backward", 256, 64): _columns(256, 64, (32, 8, 4)),
+    ("forward", 512, 32): _columns(512, 32, (32, 4, 3)),
+}
+"""By padded p and K, in half precision: tile, warps and stages of the fastest of a grid on an H100
+(benchmarks/fm_tune.py, benchmarks/results/fm_tune.csv). Other shapes take the rule of `configurations`."""
+MEASURED_ROWS: dict[tuple[Direction, int, int], list[Configuration]] = {
+    ("backward", 128, 32): [Configuration("rows", 128, 128, 32, 8, 3)],
+}
+"""The same by padded q and K, for p beyond every block."""
+
 _STAGES: dict[tuple[Direction, Precision, Schedule, int, int, int], int] = {
     ("backward", "half", "columns", 128, 16, 128): 3,
     ("backward", "half", "rows", 32, 16, 32): 3,
@@ -72,10 +96,16 @@ def precision_of(dtype: torch.dtype) -> Precision:
 def configurations(direction: Direction, p: int, q: int, k: int, precision: Precision) -> list[Configuration]:
     """Candidates for the autotuner, likeliest first; empty where no kernel covers the shape.
 
-    Columns of A stream while p K values fit in registers, its rows while q K do. Of every tile size
-    the fewest warps that hold it are taken.
+    Where nothing was measured, columns of A stream while p K values fit in registers, its rows while q K do. Of
+    every tile size the fewest warps that hold it are taken.
     """
     block_k = _block(k, BLOCKS_K)
+    if precision == "half":
+        measured = MEASURED.get((direction, _block(p, (*BLOCKS_P, 512)), block_k))
+        if not measured and p > BLOCKS_P[-1]:
+            measured = MEASURED_ROWS.get((direction, _block(q, BLOCKS_Q), block_k))
+        if measured:
+            return list(measured)
     resident: dict[Schedule, int] = {"columns": _block(p, BLOCKS_P), "rows": _block(q, BLOCKS_Q)}
     for schedule, held in resident.items():
         budget = _BUDGETS.get((schedule, precision))
