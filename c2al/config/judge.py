@@ -80,6 +80,9 @@ class Arm:
     from all pairs of the minimum size. least: the least divergent pair of the minimum size. shuffled: the
     placebo, cohorts of the same sizes whose users are drawn at random. one: one cohort of the chosen pair.
     file: a cohorts.json. none: no auxiliary cohort, only `overrides`."""
+    axis: str = ""
+    """Axis that the cohorts are chosen or drawn from, in place of discover.axes; empty: as discover.axes says. A
+    placebo takes the sizes of the pair chosen on it. An arm is compared with the placebos of its own axis."""
     keep: Literal["head", "tail"] = "head"
     """The cohort that cohorts = "one" keeps."""
     file: str = ""
@@ -92,11 +95,18 @@ class Arm:
     """Settings to choose from, by dotted name: {"train.auxiliary_lambda" = [0.1, 0.3, 1.0]}. Every combination is
     trained on every seed; the one of lowest mean validation NE is kept. Test data play no part."""
 
+    @property
+    def discovers(self) -> bool:
+        """Whether its cohorts come from discovery."""
+        return self.cohorts not in ("none", "file")
+
     def problems(self) -> Problems:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name) or self.name == BASELINE:
             yield "name", f"must be letters, digits, '-' or '_', and not '{BASELINE}'; is '{self.name}'"
         if (self.cohorts == "file") != bool(self.file):
             yield "file", "goes with cohorts = 'file'" if self.file else "needed by cohorts = 'file'"
+        if self.axis and not self.discovers:
+            yield "axis", f"is '{self.axis}', but cohorts = '{self.cohorts}' are not chosen on an axis"
         if self.draw < 0:
             yield "draw", f"must not be negative, is {self.draw}"
         yield from _setting_problems("overrides", self.overrides)

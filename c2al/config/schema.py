@@ -62,6 +62,9 @@ class Config:
         for name in self.discover.axes:
             if name not in names:
                 yield "discover.axes", f"unknown axis '{name}'{hint(name, names)}"
+        for i, arm in enumerate(self.arms):
+            if arm.axis and arm.axis not in names:
+                yield f"arms[{i}].axis", f"arm '{arm.name}': unknown axis '{arm.axis}'{hint(arm.axis, names)}"
         tables = self.data.tables
         for i, table in enumerate(self.dist.tables):
             if table.name not in tables:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from c2al.config import BASELINE, Arm, Config, dump_config
 from c2al.data.cohorts import CohortSpec
-from c2al.discovery.discover import discover
+from c2al.discovery.discover import discover, merge
 from c2al.errors import CohortError
 from c2al.experiment.bench import Bench
-from c2al.experiment.choose import cohorts_of
+from c2al.experiment.choose import cohorts_of, on_axis
 from c2al.experiment.plan import Trial, arm_trials
 from c2al.report.densities import draw_densities
 from c2al.report.record import ArmRecord
@@ -33,23 +33,45 @@ def run_discovery(bench: Bench, baseline: Trial) -> Discovery:
     config = bench.config
     split = config.data.validation if config.experiment.discover_on == "validation" else config.data.train
     scores = bench.score(baseline, bench.seeds[0], split, f"scores_{config.experiment.discover_on}", wait=True)
-    depends = "".join(map(dump_config, (*config.axes, config.discover))) + str(scores)
-    folder = bench.output / f"cohorts-{hashlib.sha256(depends.encode()).hexdigest()[:10]}"
 
-    def work() -> None:
+    assert scores is not None
+
+    def work(folder: Path) -> None:
         discover([str(scores)], config.axes, config.discover, folder, bench.world, config.data)
-        bench.world.once(lambda: draw_densities(folder))
 
     try:
-        bench.do(
-            bench.output / ".claims" / folder.name,
-            lambda: folder if (folder / "densities.svg").exists() else None,
-            work,
-            wait=True,
-        )
+        return Discovery(folder=_choose_once(bench, config, scores, work), finding="")
     except CohortError as e:
         return Discovery(folder=None, finding=str(e))
-    return Discovery(folder=folder, finding="")
+
+
+def discovery_on(bench: Bench, everywhere: Discovery, axis: str) -> Discovery:
+    """The choice from one axis, on the counts of `everywhere`: no score is read again. `everywhere` for axis ""."""
+    if not axis or everywhere.folder is None:
+        return everywhere
+    config, counted = on_axis(bench.config, axis), everywhere.folder
+
+    def work(folder: Path) -> None:
+        bench.world.once(lambda: merge([counted], config.discover, folder) and None)
+
+    return Discovery(folder=_choose_once(bench, config, counted, work), finding="")
+
+
+def _choose_once(bench: Bench, config: Config, source: Path, work: Callable[[Path], None]) -> Path:
+    """The folder of a choice by `config.discover` on `source`, made by `work` here or in another process."""
+    depends = "".join(map(dump_config, (*config.axes, config.discover))) + str(source)
+    folder = bench.output / f"cohorts-{hashlib.sha256(depends.encode()).hexdigest()[:10]}"
+
+    def work_and_draw() -> None:
+        work(folder)
+        bench.world.once(lambda: draw_densities(folder))
+
+    def done() -> Path | None:
+        return folder if (folder / "densities.svg").exists() else None
+
+    found = bench.do(bench.output / ".claims" / folder.name, done, work_and_draw, wait=True)
+    assert found is not None
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,18 +82,22 @@ class Plan:
     cohorts: tuple[CohortSpec, ...]
     trials: tuple[Trial, ...]
     finding: str
+    discovery: Discovery
+    """What its cohorts were chosen by, if they were."""
 
 
-def plan_arm(bench: Bench, arm: Arm, base: Config, discovery: Discovery) -> Plan:
+def plan_arm(bench: Bench, arm: Arm, base: Config, everywhere: Discovery) -> Plan:
     """Chooses the arm's cohorts. A CohortError there is a finding, not a failure of the experiment."""
+    discovery = discovery_on(bench, everywhere, arm.axis)
     folder = discovery.folder
-    if arm.cohorts not in ("none", "file") and folder is None:
-        return Plan(arm=arm, cohorts=(), trials=(), finding=discovery.finding)
+    if arm.discovers and folder is None:
+        return Plan(arm=arm, cohorts=(), trials=(), finding=discovery.finding, discovery=discovery)
     try:
         cohorts = bench.world.once(lambda: cohorts_of(arm, bench.config, folder))
     except CohortError as e:
-        return Plan(arm=arm, cohorts=(), trials=(), finding=str(e).removeprefix("rank 0: "))
-    return Plan(arm=arm, cohorts=cohorts, trials=tuple(arm_trials(arm, base, cohorts)), finding="")
+        return Plan(arm=arm, cohorts=(), trials=(), finding=str(e).removeprefix("rank 0: "), discovery=discovery)
+    trials = tuple(arm_trials(arm, base, cohorts))
+    return Plan(arm=arm, cohorts=cohorts, trials=trials, finding="", discovery=discovery)
 
 
 def train_arm(bench: Bench, plan: Plan) -> None:
@@ -83,9 +109,7 @@ def train_arm(bench: Bench, plan: Plan) -> None:
             bench.train(trial, seed, wait=False)
 
 
-def finish_arm(
-    bench: Bench, name: str, source: str, trials: Sequence[Trial], cohorts: Sequence[CohortSpec]
-) -> ArmRecord | None:
+def finish_arm(bench: Bench, arm: Arm, trials: Sequence[Trial], cohorts: Sequence[CohortSpec]) -> ArmRecord | None:
     """Selects the arm's setting and scores the test split with it; None while a training or a score is missing."""
     selected = bench.select(trials)
     if selected is None:
@@ -97,8 +121,9 @@ def finish_arm(
         return None
     records = bench.world.once(lambda: [bench.trial_record(t) for t in trials])
     return ArmRecord(
-        name=name,
-        source=source,
+        name=arm.name,
+        source=arm.cohorts,
+        axis=arm.axis,
         cohorts=tuple(f"{c.label}: {c.axis} = {c.name}" for c in cohorts),
         trials=tuple(r for r in records if r is not None),
         selected=selected,
@@ -108,7 +133,7 @@ def finish_arm(
 
 
 def baseline_record(bench: Bench, trials: Sequence[Trial]) -> ArmRecord | None:
-    return finish_arm(bench, BASELINE, "none", trials, ())
+    return finish_arm(bench, Arm(name=BASELINE, cohorts="none"), trials, ())
 
 
 def arm_record(bench: Bench, plan: Plan) -> ArmRecord | None:
@@ -117,10 +142,11 @@ def arm_record(bench: Bench, plan: Plan) -> ArmRecord | None:
         return ArmRecord(
             name=plan.arm.name,
             source=plan.arm.cohorts,
+            axis=plan.arm.axis,
             cohorts=(),
             trials=(),
             selected=None,
             scores=(),
             finding=plan.finding,
         )
-    return finish_arm(bench, plan.arm.name, plan.arm.cohorts, plan.trials, plan.cohorts)
+    return finish_arm(bench, plan.arm, plan.trials, plan.cohorts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from c2al.config import Arm, Config
+from c2al.config import Arm, Config, replace
 from c2al.data.cohorts import DRAW_BUCKETS, CohortSpec, Condition, drawn_share, read_cohorts
 from c2al.data.source import open_dataset
 from c2al.discovery.axes import cohort_spec
@@ -24,6 +24,11 @@ from c2al.errors import CohortError
 Pair = tuple[CohortSpec, ...]
 
 
+def on_axis(config: Config, axis: str) -> Config:
+    """With cohorts chosen from one axis; as it is for axis ""."""
+    return replace(config, **{"discover.axes": (axis,)}) if axis else config
+
+
 class NoCohorts(CohortError):
     """A finding, not a fault: what the arm asks for does not exist in these data."""
 
@@ -31,7 +36,7 @@ class NoCohorts(CohortError):
 def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     """The arm's auxiliary cohorts, named head and tail; empty for cohorts = "none".
 
-    `discovery` is the folder that discovery wrote; "none" and "file" need none.
+    `discovery` is the folder of the choice on the arm's axis; "none" and "file" need none.
 
     Raises NoCohorts with the reason when no noise bound supports a pair, or no pair has the minimum size.
     """
@@ -40,6 +45,7 @@ def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     if arm.cohorts == "file":
         return read_cohorts(arm.file).chosen()
     assert discovery is not None
+    config = on_axis(config, arm.axis)
     found = read_cohorts(discovery / "cohorts.json")
     if arm.cohorts in ("random", "least"):
         return _other_pair(arm, config, discovery, found.named)

@@ -52,7 +52,7 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     base = trials[selected]
     discovery = run_discovery(bench, base)
     plans = [plan_arm(bench, arm, base.config, discovery) for arm in arms_of(config)]
-    world.together(lambda: _refuse_impossible_minimum(plans, discovery))
+    world.together(lambda: _refuse_impossible_minimum(plans))
     record = _records(bench, trials, plans, discovery)
     if record is None:
         return None
@@ -62,15 +62,17 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     return report
 
 
-def _refuse_impossible_minimum(plans: list[Plan], discovery: Discovery) -> None:
+def _refuse_impossible_minimum(plans: list[Plan]) -> None:
     """Raises CohortError when no arm can train because no pair of cohorts has the minimum size that was asked for.
 
     That is a setting to mend (discover.min_rows and its like), not a finding about the data: no pair was
     even compared. The trained baselines stay and the mended command goes on from them.
     """
-    if not plans or not all(p.finding for p in plans) or discovery.folder is None:
+    folders = {p.discovery.folder for p in plans if p.finding}
+    if not plans or not all(p.finding for p in plans) or None in folders:
         return
-    if read_json(discovery.folder / "cohorts.json", CohortError)["rule"]["tested_pairs"] == 0:
+    rules = [read_json(f / "cohorts.json", CohortError)["rule"] for f in folders if f]
+    if all(rule["tested_pairs"] == 0 for rule in rules):
         raise CohortError(plans[0].finding)
 
 
@@ -100,13 +102,18 @@ def _records(bench: Bench, trials: list[Trial], plans: list[Plan], discovery: Di
         if baseline is not None and len(done) == len(arms):
             record = Record(
                 seeds=bench.seeds,
-                discovery="" if discovery.folder is None else discovery.folder.name,
+                discovery="",
                 finding=discovery.finding,
                 baseline=baseline,
                 arms=done,
             )
+            main = next((p.discovery for p in plans if record.main and p.arm.name == record.main.name), discovery)
             # One process alone can export.
-            return dataclasses.replace(record, serving=serving_training(record) if bench.world.size == 1 else "")
+            return dataclasses.replace(
+                record,
+                discovery="" if main.folder is None else main.folder.name,
+                serving=serving_training(record) if bench.world.size == 1 else "",
+            )
         if not bench.world.once(lambda: bench.worked):
             return None
 
@@ -139,13 +146,13 @@ def _drop_other_serving(record: Record, output: Path) -> None:
 
 
 def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
-    """Every arm that came to something against the baseline, and every arm with chosen cohorts against its placebo."""
+    """Every arm that came to something against the baseline, and against the placebos of its own axis."""
     done = [record.baseline, *(a for a in record.arms if a.selected is not None)]
     arms = [
         EvaluatedArm(name=a.name, seeds=record.seeds, folders=tuple(str(output / s) for s in a.scores)) for a in done
     ]
-    placebos = [a.name for a in done if a.source == "shuffled"]
-    treated = [a.name for a in done if a.source in ("chosen", "one", "random", "least", "file")]
+    placebos = [a for a in done if a.source == "shuffled"]
+    treated = [a for a in done if a.source in ("chosen", "one", "random", "least", "file")]
     cohorts = output / record.discovery / "cohorts.json" if record.discovery else None
     return evaluate(
         arms,
@@ -155,7 +162,7 @@ def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
         config.seed,
         output / "evaluation",
         config.data,
-        comparisons=[(arm, placebo) for arm in treated for placebo in placebos],
+        comparisons=[(arm.name, placebo.name) for arm in treated for placebo in placebos if arm.axis == placebo.axis],
     )
 
 
@@ -167,7 +174,7 @@ def check(config: Config, share: Share) -> None:
     elif config.train.needs_cohorts:
         problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
-    needs_axes = [a.name for a in arms_of(config) if a.cohorts not in ("none", "file")]
+    needs_axes = [a.name for a in arms_of(config) if a.discovers]
     if needs_axes and not config.axes:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
     for arm in arms_of(config):

@@ -1,20 +1,30 @@
-"""Sections on training: curves, gradients of the tasks, the distribution of Y, change of the weights."""
+"""Sections on training: curves, gradients of the tasks, the distribution of Y, dead units, change of the weights."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from c2al.report import figures
-from c2al.report.experiment import Experiment, Line
-from c2al.report.page import escaped, figure, number, table
+from c2al.report.experiment import Entry, Experiment, Line
+from c2al.report.page import between, escaped, figure, number, table
 from c2al.training.diagnostics import NEAR_ZERO, NEAR_ZERO_RELATIVE
 
+Y_MEASURES = ("near_zero", "near_zero_relative", "std", "kurtosis", "participation_ratio", "entropy")
+"""What the report compares of Y's distribution (c2al.training.diagnostics)."""
+Y_TITLES = {
+    "near_zero": f"|y| < {NEAR_ZERO:g}",
+    "near_zero_relative": f"|y| < {NEAR_ZERO_RELATIVE:g} rms",
+    "participation_ratio": "participation ratio",
+}
 MOST_LAYERS = 3
 """Layers whose Y is followed over training."""
 
 
 def section(e: Experiment) -> str:
-    return f"<h2>Dynamics</h2>\n{_curves(e)}\n{_gradients(e)}\n{_y(e)}\n{_weights(e)}"
+    return f"<h2>Dynamics</h2>\n{_curves(e)}\n{_gradients(e)}\n{_y(e)}\n{_units(e)}\n{_weights(e)}"
 
 
 def _curves(e: Experiment) -> str:
@@ -93,8 +103,8 @@ def _y(e: Experiment) -> str:
         [
             layer_name(layer),
             arm,
-            *(f"{s[k]:.2%}" for k in ("near_zero", "near_zero_relative")),
-            *(number(s[k], "{:.4g}") for k in ("std", "kurtosis", "participation_ratio", "entropy")),
+            *(f"{s[k]:.2%}" for k in Y_MEASURES[:2]),
+            *(number(s[k], "{:.4g}") for k in Y_MEASURES[2:]),
         ]
         for layer in layers
         for arm, found in y.items()
@@ -108,16 +118,117 @@ def _y(e: Experiment) -> str:
     }
     over_time = any(len(x) > 1 for named in shares.values() for found in named.values() for x, _ in found)
     named = {arm: {layer_name(layer): s for layer, s in found.items()} for arm, found in y.items()}
-    head = ["layer", "arm", f"|y| < {NEAR_ZERO:g}", f"|y| < {NEAR_ZERO_RELATIVE:g} rms", "std", "kurtosis"]
+    head = ["layer", "arm", *(Y_TITLES.get(m, m) for m in Y_MEASURES)]
     return f"""<h3>Distribution of Y in the FM attention</h3>
 <p>G = X Xᵀ Y (Eq. 3): {how} (fm.y = '{fm.y}'). Layout '{fm.layout}': Y is {shape}. Measured on the first batches of the
 validation split, seed {e.record.seeds[0]}, at the end of training.</p>
 {figure(figures.y_distributions([layer_name(layer) for layer in layers], named))}
-{table([*head, "participation ratio", "entropy"], rows, text=(0, 1))}
+{table(head, rows, text=(0, 1))}
+{_y_over_seeds(e)}
 {figure(figures.curves(shares), "Over training, one line per seed.") if over_time else ""}
 <p class="note">The share below {NEAR_ZERO_RELATIVE:g} of the root mean square does not change when a layer scales all
 of Y; a normal distribution has 8%. Participation ratio: number of directions that the rows of Y use. Entropy: of |y|
 within one Y, 1 when all are equal.</p>"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YDifference:
+    """A measure of one Y at the end of training, in two arms."""
+
+    layer: str
+    measure: str
+    against: float
+    """Mean over the seeds of the other arm."""
+    arm: float
+    """Mean over the seeds."""
+    difference: float
+    """Mean over the seeds of arm - against."""
+    interval: tuple[float, float] | None
+    """Student t over the seeds' differences, not corrected for several; None with one seed."""
+
+
+def y_differences(
+    against: Sequence[Sequence[Entry]], arm: Sequence[Sequence[Entry]], confidence: float
+) -> list[YDifference]:
+    """The last Y of every layer, arm minus the other, seed by seed.
+
+    `against`, `arm`: by seed, the records of metrics.jsonl; the seeds of both in the same order. A layer or a measure
+    that a seed lacks is left out.
+    """
+    last = [[_last_y(records) for records in runs] for runs in (against, arm)]
+    found = []
+    for layer in last[0][0] if last[0] else ():
+        for measure in Y_MEASURES:
+            values_2S = [[_at(y, layer, measure) for y in runs] for runs in last]
+            if any(v is None for values in values_2S for v in values):
+                continue
+            other_S, own_S = np.array(values_2S, dtype=np.float64)
+            difference_S = own_S - other_S
+            interval, seeds = None, len(difference_S)
+            if seeds > 1:
+                t = float(special.stdtrit(seeds - 1, (1 + confidence) / 2))
+                half = t * float(difference_S.std(ddof=1)) / seeds**0.5
+                interval = (float(difference_S.mean()) - half, float(difference_S.mean()) + half)
+            found.append(
+                YDifference(
+                    layer=layer_name(layer),
+                    measure=measure,
+                    against=float(other_S.mean()),
+                    arm=float(own_S.mean()),
+                    difference=float(difference_S.mean()),
+                    interval=interval,
+                )
+            )
+    return found
+
+
+def _last_y(records: Sequence[Entry]) -> Entry:
+    """Layer -> measures of the last record of Y; empty without one."""
+    found = [r for r in records if r["kind"] == "y"][-1:]
+    return {k: v for r in found for k, v in r.items() if k not in ("step", "kind")}
+
+
+def _y_over_seeds(e: Experiment) -> str:
+    """Whether Y is denser (Fig. 5): the main arm against the baseline over all seeds."""
+    if e.main is None:
+        return ""
+    baseline, confidence = e.record.baseline.name, e.evaluation.confidence
+    rows = [
+        [
+            d.layer,
+            Y_TITLES.get(d.measure, d.measure),
+            *(number(v, "{:.4g}") for v in (d.against, d.arm)),
+            number(d.difference, "{:+.3g}"),
+            between(d.interval, "{:+.3g}"),
+        ]
+        for d in y_differences(e.records[baseline], e.records[e.main.name], confidence)
+    ]
+    if not rows:
+        return ""
+    return f"""<p>Over the seeds: means at the end of training, and the mean difference of paired seeds with its
+{confidence:.0%} t-interval, which is not corrected for the number of rows.</p>
+{table(["layer", "measure", baseline, e.main.name, "difference", "interval"], rows, text=(0, 1))}"""
+
+
+def _units(e: Experiment) -> str:
+    """Share of ReLU units that no row activates, mean over the seeds, where it was recorded."""
+    dead: dict[str, dict[str, list[float]]] = {}
+    for arm in (a.name for a in e.drawn):
+        for records in e.records[arm]:
+            for record in [r for r in records if r["kind"] == "units"][-1:]:
+                for layer, found in record.items():
+                    if (share := _at(found, "dead")) is not None:
+                        dead.setdefault(layer, {}).setdefault(arm, []).append(share)
+    if not dead:
+        return ""
+    arms = [a.name for a in e.drawn]
+    rows = [
+        [layer, *(f"{np.mean(shares[a]):.1%}" if a in shares else "–" for a in arms)] for layer, shares in dead.items()
+    ]
+    return f"""<h3>Dead units</h3>
+<p>Share of the ReLU units of a layer that no row of the first validation batches activates, at the end of training, the
+mean over the seeds.</p>
+{table(["layer", *arms], rows, text=(0,))}"""
 
 
 def layer_name(name: str) -> str:
@@ -127,16 +238,16 @@ def layer_name(name: str) -> str:
 
 
 def _weights(e: Experiment) -> str:
-    """Relative change of the weights per module (Fig. 4), where it was recorded: {module: change or None}."""
-    found = {a.name: e.last(a.name, "weights") for a in e.drawn}
-    modules = list(
-        dict.fromkeys(
-            m for change in found.values() for m, v in change.items() if v is None or isinstance(v, int | float)
-        )
-    )
+    """Relative change of the weights per module (Fig. 4), where it was recorded."""
+    found = {a.name: e.last(a.name, "weights").get("modules", {}) for a in e.drawn}
+    modules = {m: _at(change, "part") for changes in found.values() for m, change in changes.items()}
     if not modules:
         return ""
-    rows = [[m, *(number(change.get(m), "{:.3g}") for change in found.values())] for m in modules]
+    rows = [
+        [module, str(part), *(number(_at(changes, module, "change"), "{:.3g}") for changes in found.values())]
+        for module, part in modules.items()
+    ]
     return f"""<h3>Change of the weights</h3>
-<p>Norm of the change over the norm before, at the last record of seed {e.record.seeds[0]}.</p>
-{table(["module", *found], rows, text=(0,))}"""
+<p>Norm of the change over the norm before, at the end of the training of seed {e.record.seeds[0]}. Part: before the
+attention MLPs, the attention MLPs that make Y, or after them.</p>
+{table(["module", "part", *found], rows, text=(0, 1))}"""

@@ -33,6 +33,8 @@ class ArmRecord:
     name: str
     source: str
     """Arm.cohorts, or "none" for the baseline."""
+    axis: str = ""
+    """Arm.axis: the axis that its cohorts were chosen on, if the arm names one."""
     cohorts: tuple[str, ...]
     """What its auxiliary cohorts are, for people."""
     trials: tuple[TrialRecord, ...]
@@ -59,7 +61,8 @@ class Record:
 
     seeds: tuple[int, ...]
     discovery: str
-    """Folder of discovery, relative to the experiment; empty when no arm needed it or it came to nothing."""
+    """Folder of discovery on the main arm's axis, relative to the experiment; empty when it came to nothing. Its
+    chosen pair is what the evaluation calls head and tail."""
     finding: str
     """Why discovery came to nothing; empty otherwise."""
     baseline: ArmRecord
@@ -80,8 +83,10 @@ class Record:
 
     @property
     def placebo(self) -> ArmRecord | None:
-        """The first placebo that came to something and is not the main arm."""
-        return next((a for a in self.done if a.source == "shuffled" and a is not self.main), None)
+        """The first placebo of the main arm's axis that came to something and is not the main arm."""
+        main = self.main
+        mine = (a for a in self.done if a.source == "shuffled" and a is not main and main and a.axis == main.axis)
+        return next(mine, None)
 
     def write(self, output: Path) -> None:
         write_state(output / FILE, self, format=FORMAT, version=VERSION)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.__main__ import main
-from c2al.config import Arm, Config, load_config, replace, save_config
+from c2al.config import Arm, Axis, Config, load_config, replace, save_config
 from c2al.data.cohorts import read_cohorts
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError
@@ -92,6 +92,25 @@ def test_a_result_says_how_many_steps_were_done(done):
     for path in results:
         records = (path.parent / "run" / "metrics.jsonl").read_text().splitlines()
         assert json.loads(path.read_text())["steps"] == json.loads(records[-1])["step"] > 0
+
+
+def test_the_report_shows_every_kind_of_record_that_training_wrote(done):
+    """Read from what training writes, not from records that a test made up."""
+    record = read_record(done / "out")
+    run = done / "out" / record.arms[0].folders(record.seeds)[0] / "run"
+    kinds = {json.loads(line)["kind"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    titles = {
+        "gramian": "Gradients of the tasks</h3>",
+        "y": "Distribution of Y in the FM attention</h3>",
+        "units": "Dead units</h3>",
+        "weights": "Change of the weights</h3>",
+    }
+    assert kinds == {"train", "validation", *titles}
+    html = (done / "out" / "report.html").read_text()
+    for title in titles.values():
+        _, found, rest = html.partition(title)
+        assert found, title
+        assert "<td" in rest.partition("<h3>")[0], "a table with rows"
 
 
 def test_all_arms_of_a_seed_start_from_the_same_weights_and_read_the_same_batches(done):
@@ -320,6 +339,120 @@ def test_a_random_pair_is_drawn_from_the_seed(done):
     assert len({tuple(c.conditions for c in pair) for pair in drawn}) > 1
     chosen = read_cohorts(folder / "cohorts.json").chosen()
     assert all({c.conditions for c in pair} != {c.conditions for c in chosen} for pair in drawn)
+
+
+AXES = (
+    Axis(name="surface", column="surface"),
+    Axis(name="items", column="item_id", kind="edges", edges=(4.0, 7.0)),
+)
+ON_AXES = {
+    "surfaces": Arm(name="surfaces", axis="surface"),
+    "items": Arm(name="items", axis="items"),
+    "surfaces_placebo": Arm(name="surfaces_placebo", axis="surface", cohorts="shuffled"),
+    "items_placebo": Arm(name="items_placebo", axis="items", cohorts="shuffled"),
+    "items_random": Arm(name="items_random", axis="items", cohorts="random"),
+    "items_least": Arm(name="items_least", axis="items", cohorts="least"),
+}
+
+
+@pytest.fixture(scope="module")
+def on_axes(tmp_path_factory) -> Path:
+    """One seed, arms on two axes."""
+    folder = tmp_path_factory.mktemp("axes")
+    config = small(folder, arms=tuple(ON_AXES.values()), **{"experiment.seeds": (0,)})
+    save_config(dataclasses.replace(config, axes=AXES), folder / "c.toml")
+    assert main(words(folder)) == 0
+    return folder
+
+
+def test_an_arm_takes_its_cohorts_from_its_own_axis(on_axes):
+    record = read_record(on_axes / "out")
+    pairs = {
+        arm.name: read_cohorts(on_axes / "out" / "trainings" / arm.trials[0].name / "cohorts.json").chosen()
+        for arm in record.arms
+    }
+    found = {name: {cohort.axis for cohort in pair} for name, pair in pairs.items()}
+    placebo = {"placebo"}
+    assert found["surfaces"] == {"surface"}
+    assert found["items"] == found["items_random"] == found["items_least"] == {"items"}
+    assert found["surfaces_placebo"] == found["items_placebo"] == placebo
+    for name, arm in ON_AXES.items():
+        if arm.cohorts == "shuffled":
+            assert [f"as many as {c.name}" for c in pairs[arm.axis.removesuffix("s") + "s"]] == [
+                c.name for c in pairs[name]
+            ], "the sizes of its own axis's pair"
+    for name in ("items_random", "items_least"):
+        assert {c.conditions for c in pairs[name]} != {c.conditions for c in pairs["items"]}
+
+
+def test_the_choice_on_an_axis_is_corrected_for_the_pairs_of_that_axis_and_scans_nothing_again(on_axes):
+    out = on_axes / "out"
+    rules = {}
+    for folder in out.glob("cohorts-*"):
+        rule = json.loads((folder / "cohorts.json").read_text())["rule"]
+        rules[tuple(rule["axes"])] = rule["tested_pairs"]
+    assert rules == {(): 6, ("surface",): 3, ("items",): 3}
+    assert len(list((out / "trainings").rglob("scores_validation-*"))) == 1
+
+
+def test_the_report_speaks_of_the_main_arms_axis_and_compares_within_axes(on_axes):
+    record = read_record(on_axes / "out")
+    evaluation = json.loads((on_axes / "out" / "evaluation" / "evaluation.json").read_text())
+    details = [s["detail"] for s in evaluation["segments"] if s["axis"] == "cohort"]
+    assert [f"{role}: {detail}" for role, detail in zip(("head", "tail"), details, strict=True)] == list(
+        record.arms[0].cohorts
+    )
+    assert record.placebo is not None
+    assert record.placebo.name == "surfaces_placebo"
+    against = {(d["arm"], d["against"]) for d in evaluation["segments"][0]["differences"]}
+    assert against == {(name, "baseline") for name in ON_AXES} | {
+        ("surfaces", "surfaces_placebo"),
+        *((name, "items_placebo") for name in ("items", "items_random", "items_least")),
+    }
+
+
+def test_the_tables_of_a_page_hold_the_numbers_of_the_evaluation(on_axes):
+    """benchmarks/experiment_page.py, which makes the tables of pages under docs/results."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "experiment_page.py"), str(on_axes / "out"), "--axes", "items"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    page = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    evaluation = json.loads((on_axes / "out" / "evaluation" / "evaluation.json").read_text())
+    overall = evaluation["segments"][0]
+    for d in overall["differences"]:
+        low, high = d["judgement"]["corrected_interval"]
+        row = f"| {d['arm']} | {d['against']} | {d['estimates']['ne']['value']:+.3%} | [{low:+.3%}, {high:+.3%}] |"
+        assert row in page
+    assert f"| ne | {overall['arms']['baseline']['ne']['value']:.5f} |" in page
+    assert "| items = [4, 7) |" in page
+    assert "\n| age = " not in page
+
+
+def test_an_axis_without_a_pair_ends_its_own_arm_only(tmp_path, capsys):
+    arms = (Arm(name="few", axis="age"), Arm(name="surfaces", axis="surface"))
+    small(tmp_path, arms=arms, **{"experiment.seeds": (0,), "discover.min_rows": 300})
+    axes = "[{name = 'surface', column = 'surface'}, {name = 'age', column = 'age', kind = 'edges', edges = [0]}]"
+    assert main(words(tmp_path, "--axes", axes)) == 0
+    few, surfaces = read_record(tmp_path / "out").arms
+    assert few.selected is None
+    assert surfaces.selected == 0
+    assert f"Not trained: few. {few.finding}" in capsys.readouterr().out
+
+
+UNUSABLE = {
+    "unknown": ("axis = 'surfcae'", "arm 'a': unknown axis 'surfcae'; did you mean 'surface'"),
+    "without cohorts": ("axis = 'age', cohorts = 'none'", "is 'age', but cohorts = 'none'"),
+    "of a file": ("axis = 'age', cohorts = 'file', file = 'c.json'", "is 'age', but cohorts = 'file'"),
+}
+
+
+@pytest.mark.parametrize(("arm", "said"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_an_axis_that_an_arm_cannot_use_is_refused_by_file_field_and_value(tmp_path, capsys, arm, said):
+    small(tmp_path)
+    path = tmp_path / "c.toml"
+    path.write_text(path.read_text().replace("arms = []", f"arms = [{{name = 'a', {arm}}}]"))
+    assert main(words(tmp_path)) == 2
+    assert f"{path}: arms[0].axis: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:

@@ -18,6 +18,7 @@ from c2al.errors import C2ALError
 from c2al.evaluation.result import Segment, read_evaluation
 from c2al.experiment.run import evaluate_record
 from c2al.nn.interactions import StaticY, YSource
+from c2al.report.dynamics import y_differences
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
 from c2al.report.record import ArmRecord, Record, TrialRecord, read_record
@@ -81,7 +82,12 @@ def metrics(auxiliary: bool, seed: int, gain: float) -> str:
                     "tail": {"all": {"ne": None if step == 200 else ne + 0.05}},
                 }
                 records.append(gramian(step))
-                records.append({"step": step, "kind": "weights", "dhen.layers.0": 0.03125, "over": None})
+                modules = {
+                    "dhen.layers.0": {"part": "after", "change": 0.03125},
+                    "over": {"part": "before", "change": None},
+                }
+                records.append({"step": step, "kind": "weights", "modules": modules})
+                records.append({"step": step, "kind": "units", "heads.primary.1": {"units": 64, "dead": 0.125}})
             records.append({"step": step, "kind": "validation", **tasks})
             records.append(y_record(0.3 if auxiliary else 0.1, step, seed))
     return "".join(json.dumps(r) + "\n" for r in records)
@@ -360,15 +366,37 @@ def test_gradients_and_weights_are_shown_where_they_were_recorded(experiment: Pa
     page = Page(write_report(experiment))
     rows = by_title(page, "task", "norm", "parallel", "orthogonal")
     assert rows[1] == ["head", "1.62", "0.5", "1.5", "+0.250", "+1.000", "+0.500"]
-    assert by_title(page, "module") == [["dhen.layers.0", "–", "0.0312"], ["over", "–", "–"]]
+    assert by_title(page, "module") == [["dhen.layers.0", "after", "–", "0.0312"], ["over", "before", "–", "–"]]
+    assert by_title(page, "layer", "baseline", "c2al") == [["heads.primary.1", "–", "12.5%"]]
     copy = tmp_path / "copy"
     shutil.copytree(experiment, copy)
     for path in copy.rglob("metrics.jsonl"):
-        kept = [x for x in path.read_text().splitlines() if json.loads(x)["kind"] not in ("gramian", "weights", "y")]
+        kept = [
+            x
+            for x in path.read_text().splitlines()
+            if json.loads(x)["kind"] not in ("gramian", "weights", "y", "units")
+        ]
         path.write_text("".join(f"{x}\n" for x in kept))
     words = Page(write_report(copy)).words
     assert words.count("Not recorded.") == 2
     assert "Change of the weights" not in words
+    assert "Dead units" not in words
+
+
+def test_the_difference_of_y_is_that_of_paired_seeds_with_a_t_interval():
+    def run(near_zero: float) -> list[dict[str, Any]]:
+        measures = {"near_zero": near_zero}
+        return [{"step": s, "kind": "y", "layers.0.y": {"near_zero": 0.9} if s == 1 else measures} for s in (1, 2)]
+
+    baseline, arm = [run(v) for v in (0.10, 0.20, 0.30)], [run(v) for v in (0.09, 0.17, 0.29)]
+    (found,) = y_differences(baseline, arm, 0.95)
+    assert (found.layer, found.measure) == ("layer 0", "near_zero")
+    assert (found.against, found.arm, found.difference) == pytest.approx((0.2, 0.55 / 3, -0.05 / 3))
+    # Differences -0.01, -0.03, -0.01: standard deviation 0.02 / sqrt 3; t of 2 degrees of freedom at 97.5%: 4.302653.
+    half = 4.302653 * 0.02 / 3
+    assert found.interval == pytest.approx((-0.05 / 3 - half, -0.05 / 3 + half))
+    assert y_differences(baseline[:1], arm[:1], 0.95)[0].interval is None
+    assert y_differences(baseline, [run(0.1), run(0.1), []], 0.95) == [], "one seed has no record"
 
 
 def test_figures_take_the_colour_of_the_page(experiment: Path):
