@@ -184,19 +184,33 @@ def c2al(ranks: int) -> list[str]:
     return [sys.executable, *launch]
 
 
+WATCH = """
+import json, resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open(sys.argv[1], "w") as file:
+    json.dump([code, spent.ru_utime + spent.ru_stime, spent.ru_maxrss / 1024], file)
+"""
+
+
 def measure(words: Sequence[str]) -> dict[str, float]:
-    """Runs a command; its wall and CPU seconds with those of its processes, and the peak of the largest."""
-    with tempfile.TemporaryFile("w+") as said:
+    """Runs a command; its wall and CPU seconds with those of its processes, and the peak of the largest.
+
+    A small process starts it: Linux counts the memory of whoever forks into the peak of the new process.
+    """
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
+        found = Path(folder) / "found.json"
         start = time.perf_counter()
-        process = subprocess.Popen(
-            words, stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        wall, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        subprocess.run(
+            [sys.executable, "-S", "-c", WATCH, str(found), *words],
+            stdout=said, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+        )  # fmt: skip
+        wall = time.perf_counter() - start
+        code, cpu, peak = json.loads(found.read_text())
+        if code:
             said.seek(0)
-            raise SystemExit(f"{' '.join(words)}\nended with {process.returncode}:\n{said.read()[-3000:]}")
-    return {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
+            raise SystemExit(f"{' '.join(words)}\nended with {code}:\n{said.read()[-3000:]}")
+    return {"wall_s": wall, "cpu_s": cpu, "peak_mib": peak}
 
 
 def line(point: Point, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
