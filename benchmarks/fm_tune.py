@@ -165,7 +165,8 @@ def called(
     y, grad = (torch.randn(batch, p, k, dtype=torch.bfloat16, device=device) for _ in range(2))
     if direction == "forward":
         return lambda: launch.forward(x, y, True, 1e-5 if norm else None)
-    out, rstd = (y, y[..., 0].float()) if norm else (None, y.new_empty(0, dtype=torch.float32))
+    # An output of its own: another operand in its place would be read from the cache the second time.
+    out, rstd = (torch.randn_like(y), y[..., 0].float()) if norm else (None, y.new_empty(0, dtype=torch.float32))
     return lambda: launch.backward(grad, x, y, out, rstd, True)
 
 

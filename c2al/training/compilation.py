@@ -21,8 +21,8 @@ WORTH_FLOPS = 3e13
 """Least work of a run on one rank that compiling pays for: ten minutes at the 50 GFLOP/s that a core trains at. It
 saves a fifth of them at least, and takes one minute without a cache (docs/LOG.md)."""
 WORTH_STEPS = 10_000
-"""Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time, which
-saved 8 ms of 25 on an H100, and half a minute to compile one (docs/LOG.md)."""
+"""Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time: on an H100 that
+saved 8 ms of 25 per step, and compiling took half a minute (docs/LOG.md)."""
 
 logger = logging.getLogger(__name__)
 
