@@ -28,6 +28,8 @@ from c2al.serving.artifact import Schema, default_column, read_artifact
 
 Program = Callable[..., Tensor]
 """(dense_BF, values, lengths) -> prediction_B; with weighted features also their values, lengths and weights."""
+MOST_ROWS = 2**20
+"""Largest batch of `predict`: a batch is padded to its full size, whatever it holds."""
 AHEAD = 4
 """Steps that are read and encoded while the model computes."""
 PREDICTION = "prediction"
@@ -180,13 +182,16 @@ def predict(
 
     Raises ConfigError, DataError, OutputError; then no `output` is left behind.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"--batch-size: must be at least 1, is {batch_size}")
+    if batch_size is not None and not 1 <= batch_size <= MOST_ROWS:
+        bound = "at least 1" if batch_size < 1 else f"at most {MOST_ROWS}"
+        raise ConfigError(f"--batch-size: must be {bound}, is {batch_size}")
     files = open_dataset(data)
     row_id = predictor.schema.row_id
     if carry is None:
         carry = [row_id] if all(row_id in file.schema.names for file in files) else []
     for column in carry:
+        if carry.count(column) > 1:
+            raise ConfigError(f"--carry {column}: is named {carry.count(column)} times")
         if column == PREDICTION:
             raise ConfigError(f"--carry {column}: would hide the predictions' own column '{PREDICTION}'")
     check_inputs(files, dataclasses.replace(predictor.schema.data, dense=(), sparse=()), carry, labelled=False)

@@ -16,7 +16,8 @@ import pytest
 
 from c2al.__main__ import main
 from c2al.data import hashing
-from c2al.errors import DataError
+from c2al.errors import ConfigError, DataError
+from c2al.serving.predict import Predictor, predict
 
 ROOT = Path(__file__).parents[2]
 
@@ -315,3 +316,16 @@ def test_layouts_of_arrow_give_the_same_predictions(predictor, raw):
     assert np.array_equal(predictor.predict(layouts), expected)
     chunked = pa.concat_tables([raw.slice(0, 700), raw.slice(700)])
     assert np.array_equal(predictor.predict(chunked), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"carry": ["user_id", "user_id"]}, "--carry user_id: is named 2 times"),
+        ({"batch_size": 10**20}, f"--batch-size: must be at most {2**20}, is {10**20}"),
+    ],
+)
+def test_options_that_no_batch_can_follow_are_refused(served, tmp_path, option, message):
+    with pytest.raises(ConfigError, match=message):
+        predict(Predictor(served / "artifact"), [str(served / "data" / "test")], tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
