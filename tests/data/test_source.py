@@ -233,6 +233,18 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
             file.read(0, ["s"], dictionary)
 
 
+def test_a_damaged_index_of_a_dictionary_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"s": ["aa", "bb", "cc"] * 1000}), path, compression="none")
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    damaged = bytearray(path.read_bytes())
+    damaged[chunk.dictionary_page_offset + chunk.total_compressed_size - 1] |= 0b11000000  # the last row's index: 3
+    path.write_bytes(damaged)
+    for dictionary in ([], ["s"]):
+        with pytest.raises(DataError, match=r"a\.parquet, row group 0: .*cannot be decoded: "):
+            open_dataset([str(path)])[0].read(0, ["s"], dictionary)
+
+
 @pytest.mark.parametrize(
     ("column", "read"),
     [
