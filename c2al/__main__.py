@@ -61,6 +61,13 @@ def _print_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _path(word: str) -> Path:
+    """A path argument. An empty one, as an unset variable leaves it, would mean the current folder without a word."""
+    if not word:
+        raise argparse.ArgumentTypeError("is empty; write . for the current folder")
+    return Path(word)
+
+
 def _refuse_uris(known: argparse.Namespace) -> None:
     """Raises ConfigError for a URI where a local path is meant, which would name a local folder `s3:`."""
     for name, value in vars(known).items():
@@ -85,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         job = jobs.add_parser(name, help=description, description=description, allow_abbrev=False)
         if name == job_name:
             module = importlib.import_module(f"c2al.jobs.{name.replace('-', '_')}")
+            job.register("type", Path, _path)
             module.add_arguments(job)
             if name in SETTINGS:
                 job.formatter_class, job.epilog = argparse.RawDescriptionHelpFormatter, help_text(SETTINGS[name])

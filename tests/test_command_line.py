@@ -117,3 +117,16 @@ def test_a_uri_where_a_local_path_is_meant_is_refused(job, option, tmp_path, mon
     error = capsys.readouterr().err
     assert f"{option}: s3://***@bucket/runs/a is a URI; only impressions and scores" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("job", "option"), LOCAL, ids=[" ".join(pair) for pair in LOCAL])
+def test_an_empty_path_is_refused(job, option, tmp_path, monkeypatch, capsys):
+    """`--output "$UNSET"` would otherwise fill the current folder."""
+    monkeypatch.chdir(tmp_path)
+    parser = options(job)
+    (action,) = [a for a in parser._actions if option in a.option_strings]
+    with pytest.raises(SystemExit) as end:
+        main([job, *needed_beside(parser, action), option, ""])
+    assert end.value.code == 2
+    assert f"{option}: is empty; write . for the current folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -74,7 +74,7 @@ class Arm:
     """One way of training that an experiment compares with the baseline."""
 
     name: str
-    """What the arm is called: letters, digits, "-" and "_". "baseline" is taken."""
+    """What the arm is called: letters, digits, "-" and "_", at most 128 of them. "baseline" is taken."""
     cohorts: Literal["none", "chosen", "random", "least", "shuffled", "one", "file"] = "chosen"
     """Where the auxiliary cohorts come from. chosen: the pair that discovery chose. random: a pair drawn
     from all pairs of the minimum size. least: the least divergent pair of the minimum size. shuffled: the
@@ -103,6 +103,8 @@ class Arm:
     def problems(self) -> Problems:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name) or self.name == BASELINE:
             yield "name", f"must be letters, digits, '-' or '_', and not '{BASELINE}'; is '{self.name}'"
+        if len(self.name) > LONGEST_NAME:
+            yield "name", f"names folders, so it may have {LONGEST_NAME} characters; '{self.name}' has {len(self.name)}"
         if (self.cohorts == "file") != bool(self.file):
             yield "file", "goes with cohorts = 'file'" if self.file else "needed by cohorts = 'file'"
         if self.axis and not self.discovers:
@@ -115,6 +117,8 @@ class Arm:
             yield "select", f"'{key}' is in overrides too"
 
 
+LONGEST_NAME = 128
+"""Characters of an arm's name. File systems take 255 bytes, and the folders of an arm add a digest."""
 BASELINE = "baseline"
 """Name of the arm without auxiliary cohorts, which every experiment has."""
 _OWN = ("seed", "data.train", "data.validation", "data.test", "experiment", "arms", "discover", "evaluate", "axes")
@@ -141,6 +145,8 @@ def _grid_problems(field: str, grid: dict[str, Any]) -> Problems:
     for key, values in flat_settings(grid).items():
         if not isinstance(values, list | tuple) or not values:
             yield field, f"'{key}': needs a list of values to choose from, is {values!r}"
+        elif any(v in values[:i] for i, v in enumerate(values)):
+            yield field, f"'{key}': every value must be there once, is {values!r}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

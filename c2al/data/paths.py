@@ -49,8 +49,11 @@ def find(paths: Iterable[str]) -> list[Found]:
       exists under the very name of a pattern is taken as it is.
 
     Raises DataError naming the path that does not exist, cannot be listed or matches nothing, or the
-    file that is refused.
+    file that is refused; and for an empty path, as an unset variable leaves it.
     """
+    paths = list(paths)
+    if "" in paths:
+        raise DataError("'': an empty path; write . for the current folder")
     found = {f.name: f for path in paths for f in _expand(path)}
     return [found[name] for name in sorted(found)]
 

@@ -57,6 +57,19 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"name": "a" * 300}, "arms[0].name: names folders, so it may have 128 characters"),
+        ({"name": "a", "select": {"train.auxiliary_lambda": [0.1, 0.3, 0.1]}}, "every value must be there once"),
+        ({"name": "a", "select": {"model": {"head_hidden": [[8], [8]]}}}, "'model.head_hidden': every value must be"),
+    ],
+)
+def test_an_arm_that_no_folder_could_hold_is_refused_before_the_baseline_trains(arm, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_config({**TREE, "arms": [arm]})
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train.batch_size": 100}, "train.batch_size: must be a multiple of data.shards = 8, is 100"),

@@ -54,6 +54,13 @@ def test_relative_paths(folder, monkeypatch):
     assert [f.name for f in open_dataset(["a*.parquet"])] == ["a.parquet"]
 
 
+def test_an_empty_path_is_not_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert open_dataset(["."])
+    with pytest.raises(DataError, match="'': an empty path"):
+        open_dataset(["a.parquet", ""])
+
+
 def test_row_groups_and_columns(folder):
     (file,) = open_dataset([f"{folder}/a.parquet"])
     assert file.row_group_rows == (2, 1)
