@@ -51,7 +51,7 @@ def shard_model(
     Tables are placed by `config.dist` (planner or plan file), trained by the row-wise Adagrad fused
     into their backward, and initialised from `config.seed`. The weights that the unsharded module had
     in its tables are lost, so build it on the meta device. Everything else stays as built and is
-    replicated (DDP).
+    replicated (DDP, where there is more than one process).
 
     `plan_again`: a plan file that does not suit this world is replaced by the planner's, and a line
     on stderr says so. It is for readers of a trained model, whose predictions no placement changes.
@@ -94,6 +94,9 @@ def shard_model(
         device=world.device,
         plan=_torchrec_plan(model, plan, world),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
+        # One process has nobody to average gradients with. DDP would copy each of them all the same, and cut a
+        # compiled model in two. On a GPU, TorchRec's pipeline asks for it.
+        init_data_parallel=world.size > 1 or world.device.type != "cpu",
     )
     _correct_mean_pooling(dmp, plan)
     normal = {f.table_name: f.init_scale for f in config.data.sparse if f.init == "normal"}
