@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from c2al.typed import Problems
 
+MOST_COHORTS = 8192
+"""Cohorts of one axis whose pairs can still be compared: their memory and time grow with the square."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscoverConfig:
@@ -25,7 +28,8 @@ class DiscoverConfig:
     """Correction of the bounds for the number of pairs. bonferroni: all bounds hold together. holm: step-down, which
     finds more pairs above 0, but its bounds are tests only."""
     max_cohorts: int = 4096
-    """Cohorts one axis may have."""
+    """Cohorts one axis may have, up to 8192. Memory is 0.3 MiB per cohort and 140 bytes per pair of them: 7 GiB for
+    8192 cohorts, on one thread."""
     prediction: str = "prediction"
     """Column with the baseline's predicted probability."""
     label: str = "label"
@@ -45,6 +49,8 @@ class DiscoverConfig:
         for field in ("max_cohorts", "threads"):
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
+        if self.max_cohorts > MOST_COHORTS:
+            yield "max_cohorts", f"must be at most {MOST_COHORTS}, is {self.max_cohorts}"
         for field in ("min_rows", "min_positives", "checkpoint_seconds", "cut_tolerance"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"

@@ -73,6 +73,7 @@ def test_an_arm_that_no_folder_could_hold_is_refused_before_the_baseline_trains(
     ("changes", "message"),
     [
         ({"train.batch_size": 100}, "train.batch_size: must be a multiple of data.shards = 8, is 100"),
+        ({"discover.max_cohorts": 8193}, "discover.max_cohorts: must be at most 8192, is 8193"),
         ({"train.optimizer.sparse_lr": 0.0}, "train.optimizer.sparse_lr: must be a positive number"),
         ({"train.optimizer.betas": (0.9, 1.5)}, "train.optimizer.betas: must lie in [0, 1)"),
         ({"train.optimizer.betas": (0.9,)}, "train.optimizer.betas: expected 2 values"),
