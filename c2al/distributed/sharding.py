@@ -94,7 +94,7 @@ def shard_model(
         device=world.device,
         plan=_torchrec_plan(model, plan, world),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
-        # One process needs no DDP, which copies every gradient and cuts a compiled model in two; TorchRec's pipeline does.
+        # One process needs no DDP, which copies gradients and cuts a compiled model in two. TorchRec's pipeline does.
         init_data_parallel=world.size > 1 or world.device.type != "cpu",
     )
     _correct_mean_pooling(dmp, plan)
