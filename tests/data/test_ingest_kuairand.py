@@ -118,14 +118,14 @@ def test_history_ends_before_the_window(rows):
     assert rows[8]["user_long_rate"] == first["user_long_rate"]
 
 
-def test_label_rates_see_only_labels_of_earlier_training_days(rows):
+def test_label_rates_see_only_labels_of_earlier_days_and_splits(rows):
     prior = 4 / 5
-    assert [r["user_seen"] for r in rows] == [0, 0, 2, 0, 3, 4, 0, 4, 4]
-    clicks = [0, 0, 2, 0, 2, 3, 0, 3, 3]
-    for row, n, s in zip(rows, [0, 0, 2, 0, 3, 4, 0, 4, 4], clicks, strict=True):
+    seen = [0, 0, 2, 0, 3, 4, 0, 5, 5]
+    assert [r["user_seen"] for r in rows] == seen
+    for row, n, s in zip(rows, seen, [0, 0, 2, 0, 2, 3, 0, 4, 4], strict=True):
         assert row["user_label_rate"] == pytest.approx((s + 5 * prior) / (n + 5))
-    assert [r["video_seen"] for r in rows] == [0, 0, 1, 1, 3, 4, 0, 4, 4]
-    assert [r["user_tab_seen"] for r in rows] == [0, 0, 2, 0, 0, 3, 0, 3, 3]
+    assert [r["video_seen"] for r in rows] == [0, 0, 1, 1, 3, 4, 0, 5, 5]
+    assert [r["user_tab_seen"] for r in rows] == [0, 0, 2, 0, 0, 3, 0, 4, 4]
 
 
 def test_session_sees_only_earlier_times(rows):
@@ -150,10 +150,20 @@ def ingest_flipped(tmp_path, start):
     return [r for s in SPLITS for r in pq.read_table(tmp_path / "flipped" / s).to_pylist()]
 
 
-def test_labels_of_validation_and_test_reach_no_feature(tmp_path, rows):
-    changed = ingest_flipped(tmp_path, 5)
-    assert [r.pop("label") for r in changed] == [1, 1, 0, 1, 1, 0, 1, 0, 1]
+def test_labels_of_the_test_days_reach_no_feature(tmp_path, rows):
+    changed = ingest_flipped(tmp_path, 7)
+    assert [r.pop("label") for r in changed] == [1, 1, 0, 1, 1, 1, 0, 0, 1]
     assert changed == [{c: v for c, v in r.items() if c != "label"} for r in rows]
+
+
+def test_labels_of_the_validation_days_reach_features_of_the_test_days_alone(tmp_path, rows):
+    changed = ingest_flipped(tmp_path, 5)
+    for before, after in zip(rows[:7], changed[:7], strict=True):
+        assert {**after, "label": before["label"]} == before
+    assert all(
+        after["user_label_rate"] < before["user_label_rate"]
+        for before, after in zip(rows[7:], changed[7:], strict=True)
+    )
 
 
 def test_a_training_label_reaches_only_later_days(tmp_path, rows):

@@ -4,7 +4,7 @@ Split by the log's `date`: train to 05-04, validation 05-05 .. 05-06, test 05-07
 happened after the exposure only the chosen label is written. Features of the past obey
 
     history   exposures before 04-25 only, so they mean the same in every split;
-    label     rates of the label: labels of training days strictly before the row's own day;
+    label     rates of the label: labels of days strictly before the row's own day, and before its split;
     session   times of the same user's exposures strictly before the row's own time, no labels.
 
 `video_popularity` counts exposures over all training days and is meant as an axis, not an input.
@@ -161,13 +161,19 @@ def _past(log: pd.DataFrame, videos: pd.DataFrame, history: pd.DataFrame) -> dic
         if name != "user_tag":
             _, columns[f"{name}_like_rate"] = _count_and_rate(past_key, likes, key, key + 1)
 
-    day = np.searchsorted(np.unique(log["date"]), log["date"])
-    train = (log["date"] <= SPLITS["train"]).to_numpy()
+    days = np.unique(log["date"])
+    day = np.searchsorted(days, log["date"])
+    splits = np.array(list(SPLITS.values()))
+    split = np.searchsorted(splits, log["date"])
+    train = split == 0
+    # Rows of validation and test know the labels of the splits before theirs, as a model trained up to there does.
+    known = np.where(train, day, np.searchsorted(days, splits[split - 1], side="right"))
+    prior = label[train].mean() if train.any() else 0.0
     keys = {"user": user, "video": video, "user_tab": _pair(user, tab), "video_tab": _pair(video, tab)}
     for name, key in keys.items():
-        # A row asks for the range of codes from its key's first day up to, but not at, its own day.
-        dated = key * (day.max() + 1)
-        counts = _count_and_rate((dated + day)[train], label[train], dated, dated + day)
+        # A row asks for the range of codes from its key's first day up to, but not at, the first day it does not know.
+        dated = key * (len(days) + 1)
+        counts = _count_and_rate(dated + day, label, dated, dated + known, prior)
         columns[f"{name}_seen"], columns[f"{name}_label_rate"] = counts
 
     columns["user_exposures"], gap_seconds = _session(user, log["time_ms"].to_numpy(np.int64))
@@ -190,12 +196,18 @@ def _pair(a: Ints, b: Ints) -> Ints:
     return a * 100_000 + b + 1
 
 
-def _count_and_rate(code: Ints, value: Floats, low_N: Ints, high_N: Ints) -> tuple[Ints, Floats]:
-    """How many of `code` lie in [low, high) of each row, and the smoothed mean of their `value`."""
+def _count_and_rate(
+    code: Ints, value: Floats, low_N: Ints, high_N: Ints, prior: float | None = None
+) -> tuple[Ints, Floats]:
+    """How many of `code` lie in [low, high) of each row, and the mean of their `value`, smoothed by `prior`.
+
+    `prior` is the mean of all values where it is not given.
+    """
     order = np.argsort(code, kind="stable")
     code, sums = code[order], np.concatenate([[0.0], np.cumsum(value[order])])
     a, b = np.searchsorted(code, low_N), np.searchsorted(code, high_N)
-    prior = value.mean() if len(value) else 0.0
+    if prior is None:
+        prior = value.mean() if len(value) else 0.0
     return b - a, (sums[b] - sums[a] + SMOOTHING * prior) / (b - a + SMOOTHING)
 
 
