@@ -1,6 +1,7 @@
 """Parquet files behind any pyarrow filesystem, opened by footer and read a row group at a time."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,12 @@ from c2al.text import redacted
 
 FOOTER_THREADS = 8
 """Footers read at a time: an object store answers in tens of milliseconds, so waiting overlaps."""
+TAIL_BYTES = 1 << 16
+"""Read at once from the end of a file, where the footer is: one request in most cases."""
+KEPT_FOOTERS = 8
+"""Parsed footers that are kept. A footer lists all row groups, so that parsing it for each of them would make the time
+of a scan grow with their square. All footers of a data set would grow with it. A footer is found again by
+its bytes: a file that was replaced is read by its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,8 +45,7 @@ class File:
         """One row group's `columns`; strings among those in `dictionary` come dictionary-encoded.
 
         Raises DataError naming file and row group if the pages cannot be decoded, and the column if its
-        text is not UTF-8. The footer is parsed again on each call: kept footers would grow with the
-        data set.
+        text is not UTF-8.
         """
         stored = [c for c in columns if c not in self.partition]
         encoded = [
@@ -47,7 +53,7 @@ class File:
         ]
         try:
             with self.filesystem.open_input_file(self.path) as handle:
-                reader = pq.ParquetFile(handle, read_dictionary=encoded, pre_buffer=True)
+                reader = pq.ParquetFile(handle, metadata=_footer(handle), read_dictionary=encoded, pre_buffer=True)
                 table = reader.read_row_group(row_group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{self.where(row_group)}: cannot be decoded: {redacted(str(e))}") from e
@@ -62,6 +68,21 @@ class File:
     def where(self, row_group: int) -> str:
         """How messages name a row group."""
         return f"{self.name}, row group {row_group}"
+
+
+def _footer(file: pa.NativeFile) -> pq.FileMetaData:
+    """The file's parsed footer. Raises pyarrow.ArrowInvalid or OSError if there is none."""
+    size = file.size()
+    tail = file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if TAIL_BYTES < length <= size:
+        tail = file.read_at(length, size - length)
+    return _parsed(tail[-length:])
+
+
+@functools.lru_cache(maxsize=KEPT_FOOTERS)
+def _parsed(footer: bytes) -> pq.FileMetaData:
+    return pq.read_metadata(pa.BufferReader(footer))
 
 
 def readable_column(values: pa.ChunkedArray, column: str, where: str) -> pa.ChunkedArray:

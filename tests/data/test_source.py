@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
+from c2al.data import source
 from c2al.data.schema import check_columns, check_inputs
 from c2al.data.source import open_dataset
 from c2al.errors import DataError
@@ -325,3 +326,30 @@ def test_a_missing_label_says_what_is_needed(tmp_path):
     ):
         check_columns(files, DataConfig(dense=(DENSE,)))
     check_columns(files, DataConfig(dense=(DENSE,)), labelled=False)
+
+
+def test_a_footer_is_parsed_once_for_all_its_row_groups(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": range(50)}), path, row_group_size=5)
+    (file,) = open_dataset([str(path)])
+    before = source._parsed.cache_info().misses
+    assert [file.read(g, ["x"])["x"][0].as_py() for g in range(10)] == list(range(0, 50, 5))
+    assert source._parsed.cache_info().misses == before + 1
+
+
+def test_a_file_that_was_replaced_is_read_by_its_own_footer(tmp_path):
+    path = tmp_path / "a.parquet"
+    for first in (0, 100):
+        pq.write_table(pa.table({"x": range(first, first + 3), f"c{first}": ["abc"] * 3}), path)
+        (file,) = open_dataset([str(path)])
+        assert file.read(0, ["x", f"c{first}"]).to_pydict() == {
+            "x": list(range(first, first + 3)),
+            f"c{first}": ["abc"] * 3,
+        }
+
+
+def test_a_footer_longer_than_what_is_read_at_once(tmp_path):
+    names = [f"column_{i}_{'x' * 100}" for i in range(1000)]
+    pq.write_table(pa.table({n: [i] for i, n in enumerate(names)}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size > 2 * source.TAIL_BYTES
+    assert open_dataset([str(tmp_path)])[0].read(0, names[-1:]).to_pydict() == {names[-1]: [999]}
