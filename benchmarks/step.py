@@ -55,8 +55,8 @@ def main() -> None:
         shape = SHAPES[name]()
         with tempfile.TemporaryDirectory() as folder:
             # One epoch of what the data wait is measured on: opening the files again is no part of it.
-            rows = shape.batch * (max(KEPT, arguments.steps * 6) + 1)
-            write(shape.config.data, rows, Path(folder) / "data")
+            count = shape.batch * (max(KEPT, arguments.steps * 6) + 1)
+            write(shape.config.data, count, Path(folder) / "data")
             row = {"shape": name, "precision": arguments.precision, "batch": shape.batch}
             row |= measure(shape, arguments, Path(folder))
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
