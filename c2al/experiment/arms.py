@@ -58,8 +58,12 @@ def discovery_on(bench: Bench, everywhere: Discovery, axis: str) -> Discovery:
 
 
 def _choose_once(bench: Bench, config: Config, source: Path, work: Callable[[Path], None]) -> Path:
-    """The folder of a choice by `config.discover` on `source`, made by `work` here or in another process."""
-    depends = "".join(map(dump_config, (*config.axes, config.discover))) + str(source)
+    """The folder of a choice by `config.discover` on `source`, made by `work` here or in another process.
+
+    Its name does not depend on where the experiment lies: a folder that was moved, or that two hosts see under
+    two paths, holds one choice.
+    """
+    depends = "".join(map(dump_config, (*config.axes, config.discover))) + source.relative_to(bench.output).as_posix()
     folder = bench.output / f"cohorts-{hashlib.sha256(depends.encode()).hexdigest()[:10]}"
 
     def work_and_draw() -> None:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from c2al.config import BASELINE, Arm, Config
+from c2al.data.cohorts import read_cohorts
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.distributed.process import World
@@ -203,10 +204,23 @@ def _unused_or_missing_cohorts(arm: Arm, trials: list[Trial]) -> list[str]:
 
 
 def check_data(config: Config) -> None:
-    """Raises DataError when a split lacks a file, a column or a type that any stage needs: before the first step."""
-    columns = tuple(dict.fromkeys(a.column for a in config.axes if a.column))
+    """Raises DataError when a split lacks a file, a column or a type that any stage needs: before the first step.
+
+    Raises CohortError naming the arm and its cohorts.json when that is missing or damaged.
+    """
+    axes = [a.column for a in config.axes if a.column]
+    given = [column for arm in config.arms if arm.cohorts == "file" for column in _columns_of_file(arm)]
     for split in SPLITS:
-        check_columns(open_dataset(getattr(config.data, split)), config.data, columns)
+        carried = axes if split == "test" else [*axes, *given]  # test data are scored, and need no cohorts
+        check_columns(open_dataset(getattr(config.data, split)), config.data, tuple(dict.fromkeys(carried)))
+
+
+def _columns_of_file(arm: Arm) -> list[str]:
+    """Columns of the cohorts in the arm's file. A file that chose none is a finding of the arm, no fault."""
+    try:
+        return [column for cohort in read_cohorts(arm.file).named for column in cohort.columns]
+    except CohortError as e:
+        raise CohortError(f"arm '{arm.name}': {e}") from e
 
 
 def share_problems(share: Share, config: Config) -> list[str]:

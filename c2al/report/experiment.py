@@ -127,7 +127,14 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _records(path: Path) -> tuple[Entry, ...]:
-    return tuple(_json(path, line) for line in _text(path).splitlines())
+    """Raises DataError naming file and line of what is no record of a training."""
+    records = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        record = _json(Path(f"{path}, line {number}"), line)
+        if not isinstance(record, dict) or not {"step", "kind"} <= record.keys():
+            raise DataError(f"{path}, line {number}: not a record of a training run, which has a step and a kind")
+        records.append(record)
+    return tuple(records)
 
 
 def _text(path: Path) -> str:

@@ -22,3 +22,8 @@ class Interrupt:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def pass_on(self) -> None:
+        """Raises KeyboardInterrupt for a signal that came too late to stop the block: what follows must not begin."""
+        if self.received:
+            raise KeyboardInterrupt

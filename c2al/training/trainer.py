@@ -175,6 +175,7 @@ class Trainer:
         self._record("weights", self.dynamics.weights())
         if self.log is not None:
             self.log.close()
+        interrupt.pass_on()  # during the last step: this run is whole, but an experiment's next one must not begin
         return self._result()
 
     def _end_early(self, bar: Any) -> None:

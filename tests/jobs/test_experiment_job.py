@@ -25,7 +25,7 @@ from c2al.experiment.choose import _count, cohorts_of
 from c2al.experiment.run import experiment
 from c2al.report.record import Record, read_record
 from c2al.training.score import score
-from c2al.training.trainer import train
+from c2al.training.trainer import Trainer, train
 from impressions import splits, write_impressions
 
 ROOT = Path(__file__).parents[2]
@@ -262,6 +262,57 @@ def test_a_column_that_no_stage_could_use_is_refused_before_the_first_step(tmp_p
     assert main(words(tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("metrics.jsonl"))
+
+
+def test_a_file_of_cohorts_that_no_arm_could_use_is_refused_before_the_baselines_train(done, tmp_path, capsys):
+    chosen = done / "out" / read_record(done / "out").discovery / "cohorts.json"
+    for name, content, said in (
+        ("missing", None, "no such file"),
+        ("empty", "", "empty.json"),
+        ("half", chosen.read_text()[:200], "half.json"),
+        ("foreign", chosen.read_text().replace("c2al.cohorts", "c2al.other"), "foreign.json"),
+        ("column", chosen.read_text().replace('"surface"', '"surfcae"'), "no column 'surfcae'"),
+    ):
+        file = tmp_path / f"{name}.json"
+        if content is not None:
+            file.write_text(content)
+        small(tmp_path, arms=(Arm(name="given", cohorts="file", file=str(file)),))
+        assert main(words(tmp_path)) == 2, name
+        err = capsys.readouterr().err
+        assert said in err
+        assert "arm 'given'" in err or name == "column"
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_last_step_of_a_training_ends_the_experiment(tmp_path, monkeypatch, capsys, number):
+    """It is too late to stop that training, which is whole; the next one must not begin."""
+    small(tmp_path, arms=(Arm(name="slower", cohorts="none"),), **{"experiment.seeds": (0, 1), "train.epochs": 1})
+    evaluate_as_it_is = Trainer._evaluate
+
+    def evaluate_under_a_signal(trainer: Trainer) -> None:
+        if trainer.step == trainer.total:
+            os.kill(os.getpid(), number)
+        evaluate_as_it_is(trainer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_evaluate", evaluate_under_a_signal)
+        assert main(words(tmp_path)) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "trainings").glob("*/seed_*"))) == 1
+    assert main(words(tmp_path)) == 0
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_an_experiment_that_was_moved_is_the_same_experiment(done, tmp_path):
+    """Two hosts may see one folder under two paths: nothing is discovered again, no number or name changes."""
+    shutil.copytree(done / "out", tmp_path / "elsewhere" / "out", copy_function=shutil.copy2)
+    shutil.copy(done / "c.toml", tmp_path / "elsewhere" / "c.toml")
+    before = sorted(p.name for p in (done / "out").glob("cohorts-*"))
+    assert main(words(tmp_path / "elsewhere")) == 0
+    moved = tmp_path / "elsewhere" / "out"
+    assert sorted(p.name for p in moved.glob("cohorts-*")) == before
+    assert (moved / "experiment.json").read_bytes() == (done / "out" / "experiment.json").read_bytes()
 
 
 FINDINGS = {

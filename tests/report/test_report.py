@@ -533,6 +533,17 @@ def test_a_missing_file_is_named(experiment: Path, tmp_path: Path, name: str):
     assert not (copy / "report.html").exists()
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"a": 1}', '{"step": 1}'])
+def test_a_line_of_a_log_that_is_no_record_is_named(experiment: Path, tmp_path: Path, line: str):
+    copy = tmp_path / "copy"
+    shutil.copytree(experiment, copy)
+    log = copy / "trainings" / "c2al-2" / "seed_1" / "run" / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    with pytest.raises(C2ALError, match=re.escape("metrics.jsonl, line 2: not")):
+        write_report(copy)
+
+
 def test_density_of_y_integrates_to_the_share_inside():
     torch.manual_seed(0)
     source = StaticY(400, 300)
