@@ -82,9 +82,17 @@ def _refuse_uris(known: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(words)
+    except KeyboardInterrupt:  # whenever it comes, the import of a job included
+        print(f"c2al {' '.join(words[:1])}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str]) -> int:
     _only_our_own_warnings()
     _print_any_name()
-    words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="c2al", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     job_name = words[0] if words else ""
@@ -114,9 +122,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print(f"c2al {known.job}: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -130,3 +130,12 @@ def test_an_empty_path_is_refused(job, option, tmp_path, monkeypatch, capsys):
     assert end.value.code == 2
     assert f"{option}: is empty; write . for the current folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_while_a_job_is_imported_is_no_traceback(monkeypatch, capsys):
+    def stop(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", stop)
+    assert main(["score"]) == 130
+    assert capsys.readouterr().err == "c2al score: interrupted\n"

@@ -54,11 +54,12 @@ def start(config: Config, output: Path, command: str) -> None:
     """Writes what the report says of the experiment itself.
 
     Raises ConfigError when the folder holds an experiment that this one cannot go on with: other
-    training settings, or other impressions under the same paths.
+    training settings, or other impressions under the same paths. Raises ConfigError or StateError naming the file
+    that is missing or damaged beside finished trainings, since nothing else says what they were trained on.
     """
     known = output / "config.toml"
     now = Inputs(**{split: identify(open_dataset(getattr(config.data, split))) for split in SPLITS})
-    if known.exists():
+    if known.exists() or (output / "trainings").exists():
         _refuse_other_settings(load_config(known), redacted_config(config), output)
         _refuse_other_inputs(read_state(output / "inputs.json", Inputs, format="c2al.inputs", version=1), now, output)
     write_state(output / "inputs.json", now, format="c2al.inputs", version=1)

@@ -222,6 +222,14 @@ def test_other_training_data_under_the_same_path_are_refused_by_name(done, tmp_p
     assert "part-0.parquet" in said
 
 
+@pytest.mark.parametrize("name", ["config.toml", "inputs.json"])
+def test_trainings_without_the_record_of_what_they_were_trained_on_are_refused(done, tmp_path, capsys, name):
+    shutil.copytree(done, tmp_path / "x")
+    (tmp_path / "x" / "out" / name).unlink()
+    assert main(words(tmp_path / "x")) == 2
+    assert f"{name}: " in capsys.readouterr().err
+
+
 def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
     config = replace(splits(tmp_path), **{LAMBDA: 0.5, "data.test": (), "axes": ()})
     with process_group(config.dist) as world, pytest.raises(ConfigError) as caught:
