@@ -77,6 +77,10 @@ class _Compiled:
         self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
         options: dict[str, Any] = {"fallback_random": True}
+        if over.autocast and next(over.parameters()).device.type == "cpu":
+            # torch 2.13 with 512-bit vectors writes garbage where bfloat16 fields are transposed into a concatenation,
+            # in tiles of 32 x 32: a layer of 64 fields, "fm_attention" beside "linear", gave NaN (docs/LOG.md).
+            options["cpp.simdlen"] = 256
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self.failed = required, False
 

@@ -66,6 +66,20 @@ def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls == 1, "one graph, of training steps"
 
 
+def test_compiled_bfloat16_layers_of_64_fields_equal_plain_ones(config):
+    """Whatever the width of the vectors: tiles of 32 x 32 values that are transposed once held garbage."""
+    fields = 64 - len(config.data.sparse)
+    wide = {"model.embedding_dim": 64, "model.dense_tokens": fields, "model.interactions": ("fm_attention", "linear")}
+    torch.manual_seed(0)
+    over = OverArch(replace(config, **wide, **{"train.precision": "bfloat16", "model.dropout": 0.0}), 0)
+    dense_BF = torch.randn(64, len(config.data.dense))
+    pooled_BND = torch.randn(64, len(config.data.sparse), 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = over.interact(dense_BF, pooled_BND).float()
+        found = compilation._Compiled(over, required=True)(dense_BF, pooled_BND).float()
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
 def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, monkeypatch):
     def compiled(steps: int, folder: str) -> bool:
         run = start_run(tmp_path / folder, config, None, world)
