@@ -87,6 +87,11 @@ class VariantProof:
     ne_bound: float
     """Largest |ne_change| that the export allowed."""
 
+    @property
+    def within_bound(self) -> bool:
+        """Whether the change of NE is allowed; never where it is NaN, as a prediction that is NaN makes it."""
+        return abs(self.ne_change) <= self.ne_bound
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proof:

@@ -91,7 +91,7 @@ def _variants(artifact: Path, files: Sequence[File], expected_N: Floats | None, 
         sums = Sums()
         sums.update(served_N if variant == "float" else predictions(predictor, files), expected_N, label_N, weight_N)
         found = sums.compute(first.artifact.proof.variants[variant].ne_bound)
-        if abs(found.ne_change) > found.ne_bound or (variant == "float" and not found.bit_equal):
+        if not found.within_bound or (variant == "float" and not found.bit_equal):
             wrong.append(
                 f"{artifact / VARIANTS[variant]}: differs from the training model by up to {found.max_difference:g} "
                 f"and its NE by {found.ne_change:+.2e}, more than the bound {found.ne_bound:g}"

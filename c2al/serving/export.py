@@ -147,7 +147,7 @@ def _write_programs(
     _check_parameters(program, state, checkpoint)
     save_program(program, folder / VARIANTS["float"])
     if "aoti" in wanted:
-        save_compiled(program, folder / VARIANTS["aoti"])
+        save_compiled(program, folder / VARIANTS["aoti"], run.config.train.precision)
     if "int8" in wanted:
         int8 = traced(Int8Serving(run.config, _model(run, state, checkpoint)), dense)
         save_program(int8, folder / VARIANTS["int8"])
@@ -190,7 +190,7 @@ def _prove(
             rows += real
     variants = {variant: sums[variant].compute(wanted[variant]) for variant in wanted}
     for variant, proof in variants.items():
-        if abs(proof.ne_change) > proof.ne_bound:
+        if not proof.within_bound:
             raise CheckpointError(
                 f"{checkpoint}: variant '{variant}' changes NE on the held-out rows by {proof.ne_change:+.2e} of it, "
                 f"more than its bound {proof.ne_bound:g}"

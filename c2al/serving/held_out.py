@@ -33,7 +33,7 @@ class Sums:
     ) -> None:
         self.bit_equal &= bool(np.array_equal(prediction_N.view(np.uint32), reference_N.view(np.uint32)))
         difference_N = np.abs(prediction_N.astype(np.float64) - reference_N)
-        self.max_difference = max(self.max_difference, float(difference_N.max(initial=0.0)))
+        self.max_difference = float(np.maximum(self.max_difference, difference_N.max(initial=0.0)))  # keeps NaN
         w_N, y_N = weight_N.astype(np.float64), label_N.astype(np.float64)
         self.loss += log_loss(prediction_N, y_N, w_N)
         self.reference_loss += log_loss(reference_N, y_N, w_N)

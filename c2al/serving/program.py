@@ -20,6 +20,7 @@ from c2al.config import Config
 from c2al.data.rows import own_and_weighted
 from c2al.errors import BackendError, OutputError
 from c2al.files import output_errors
+from c2al.training.compilation import cpu_kernels
 from c2al.training.model import C2ALModel, primary_prediction
 
 TRACED_ROWS = 3
@@ -138,8 +139,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
         torch.export.save(program, cast(IO[bytes], sink))
 
 
-def save_compiled(program: ExportedProgram, path: Path) -> None:
-    """Compiles with AOTInductor for this processor and writes the package.
+def save_compiled(program: ExportedProgram, path: Path, precision: str) -> None:
+    """Compiles with AOTInductor for this processor and writes the package. `precision` is that of training.
 
     Raises BackendError when there is no C++ compiler or it fails, OutputError when the package cannot
     be written.
@@ -153,7 +154,8 @@ def save_compiled(program: ExportedProgram, path: Path) -> None:
         raise BackendError("variant 'aoti' needs a C++ compiler: install g++, or name one in CXX") from e
     with _Sink(path) as sink:
         try:
-            aoti_compile_and_package(program, package_path=cast(IO[bytes], sink))
+            options = cpu_kernels(precision)
+            aoti_compile_and_package(program, package_path=cast(IO[bytes], sink), inductor_configs=options)
         except RuntimeError as e:
             reason = str(e).strip().splitlines()[0]
             raise BackendError(f"variant 'aoti': AOTInductor cannot compile this model here: {reason}") from e

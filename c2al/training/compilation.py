@@ -43,7 +43,16 @@ def compile_training(
     if choice == "auto" and before is None:
         pays = _pays(over, config, world, steps)
     if choice == "on" or (choice == "auto" and pays):
-        over.compiled = _Compiled(over, required=choice == "on")
+        over.compiled = _Compiled(over, config.train.precision, required=choice == "on")
+
+
+def cpu_kernels(precision: str) -> dict[str, Any]:
+    """Options of Inductor for its CPU kernels of a model that was trained in `precision`; a GPU's heed none of them.
+
+    torch 2.13 with 512-bit vectors writes garbage where bfloat16 fields are transposed into a concatenation, in tiles
+    of 32 x 32: a layer of 64 fields, "fm_attention" beside "linear", gave NaN (docs/LOG.md).
+    """
+    return {"cpp.simdlen": 256} if precision == "bfloat16" else {}
 
 
 def is_compiled(dmp: DistributedModelParallel) -> bool:
@@ -73,14 +82,10 @@ def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
 class _Compiled:
     """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required."""
 
-    def __init__(self, over: OverArch, required: bool) -> None:
+    def __init__(self, over: OverArch, precision: str, required: bool) -> None:
         self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
-        options: dict[str, Any] = {"fallback_random": True}
-        if over.autocast and next(over.parameters()).device.type == "cpu":
-            # torch 2.13 with 512-bit vectors writes garbage where bfloat16 fields are transposed into a concatenation,
-            # in tiles of 32 x 32: a layer of 64 fields, "fm_attention" beside "linear", gave NaN (docs/LOG.md).
-            options["cpp.simdlen"] = 256
+        options: dict[str, Any] = {"fallback_random": True} | cpu_kernels(precision)
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self.failed = required, False
 

@@ -17,11 +17,13 @@ import torch
 from torch._inductor import config as inductor_config
 
 from c2al.__main__ import main
-from c2al.config import parse_config
+from c2al.config import FMConfig, ModelConfig, parse_config
 from c2al.errors import BackendError, StateError
 from c2al.files import only_writer
+from c2al.nn.dhen import DHEN
+from c2al.serving import export
 from c2al.serving.artifact import read_artifact
-from c2al.serving.predict import Predictor
+from c2al.serving.predict import Predictor, Program
 from c2al.serving.program import Serving, save_compiled, traced
 from c2al.state import write_state
 from c2al.training.model import C2ALModel
@@ -169,7 +171,7 @@ def test_no_compiler_is_named(served, tmp_path):
         inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}),
         pytest.raises(BackendError, match=r"variant 'aoti' needs a C\+\+ compiler"),
     ):
-        save_compiled(program, tmp_path / "a.pt2")
+        save_compiled(program, tmp_path / "a.pt2", "float32")
 
 
 class OneSize(torch.nn.Module):
@@ -186,6 +188,43 @@ def test_a_network_of_one_batch_size_is_no_artifact():
     with pytest.raises(BackendError, match="cannot make one program of this network for any number of rows: ") as e:
         traced(OneSize(), 2)
     assert "\n" not in str(e.value)
+
+
+def test_a_variant_that_predicts_nan_is_refused(served, tmp_path, monkeypatch, capsys):
+    """A change of NE that is NaN is above no bound: it got as far as proof.json, which holds no NaN."""
+    load = export.load_program
+
+    def load_broken(path: Path, variant: str) -> Program:
+        program = load(path, variant)
+        return (lambda *a: program(*a) * float("nan")) if variant == "int8" else program
+
+    monkeypatch.setattr(export, "load_program", load_broken)
+    assert run_export(served, tmp_path / "artifact", "int8") == 2
+    assert "variant 'int8' changes NE on the held-out rows by +nan" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+class Layer(torch.nn.Module):
+    """A layer of 64 fields in bfloat16, without tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        interactions = ("fm_attention", "linear")
+        self.dhen = DHEN(ModelConfig(embedding_dim=64, layers=1, interactions=interactions, fm=FMConfig(k=16)), 64)
+
+    def forward(self, x_BMD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.dhen(x_BMD)
+
+
+@pytest.mark.slow
+def test_a_compiled_bfloat16_layer_of_64_fields_equals_the_plain_one(tmp_path):
+    torch.manual_seed(0)
+    layer, x_BMD = Layer().eval(), torch.randn(64, 64, 64)
+    with torch.no_grad():
+        save_compiled(torch.export.export(layer, (x_BMD,)), tmp_path / "a.pt2", "bfloat16")
+        found = torch._inductor.aoti_load_package(str(tmp_path / "a.pt2"))(x_BMD)
+        torch.testing.assert_close(found.float(), layer(x_BMD).float(), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.slow

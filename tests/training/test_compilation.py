@@ -76,7 +76,7 @@ def test_compiled_bfloat16_layers_of_64_fields_equal_plain_ones(config):
     pooled_BND = torch.randn(64, len(config.data.sparse), 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = over.interact(dense_BF, pooled_BND).float()
-        found = compilation._Compiled(over, required=True)(dense_BF, pooled_BND).float()
+        found = compilation._Compiled(over, "bfloat16", required=True)(dense_BF, pooled_BND).float()
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
