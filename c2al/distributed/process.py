@@ -48,6 +48,11 @@ class World:
     """Where ranks leave word for each other outside the collectives."""
     _closers: list[Callable[[float], bool]] = field(default_factory=list)
 
+    @property
+    def alone_on_cpu(self) -> bool:
+        """One process without a device to keep busy: neither DDP nor TorchRec's pipeline helps it."""
+        return self.size == 1 and self.device.type == "cpu"
+
     def broadcast(self, value: T, source: int = 0, group: dist.ProcessGroup | None = None) -> T:
         """`value` of rank `source`, on every rank (pickled)."""
         box = [value]

@@ -94,8 +94,8 @@ def shard_model(
         device=world.device,
         plan=_torchrec_plan(model, plan, world),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
-        # One process needs no DDP, which copies gradients and cuts a compiled model in two. TorchRec's pipeline does.
-        init_data_parallel=world.size > 1 or world.device.type != "cpu",
+        # DDP would copy every gradient for nobody, and cut a compiled model in two.
+        init_data_parallel=not world.alone_on_cpu,
     )
     _correct_mean_pooling(dmp, plan)
     normal = {f.table_name: f.init_scale for f in config.data.sparse if f.init == "normal"}

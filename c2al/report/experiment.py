@@ -130,9 +130,10 @@ def _records(path: Path) -> tuple[Entry, ...]:
     """Raises DataError naming file and line of what is no record of a training."""
     records = []
     for number, line in enumerate(_text(path).splitlines(), 1):
-        record = _json(Path(f"{path}, line {number}"), line)
+        where = f"{path}, line {number}"
+        record = _json(where, line)
         if not isinstance(record, dict) or not {"step", "kind"} <= record.keys():
-            raise DataError(f"{path}, line {number}: not a record of a training run, which has a step and a kind")
+            raise DataError(f"{where}: not a record of a training run, which has a step and a kind")
         records.append(record)
     return tuple(records)
 
@@ -144,11 +145,11 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: not readable: {e}") from e
 
 
-def _json(path: Path, text: str) -> Any:
+def _json(where: Path | str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
-        raise DataError(f"{path}: not JSON: {e}") from e
+        raise DataError(f"{where}: not JSON: {e}") from e
 
 
 def _get(record: Entry, keys: tuple[str, ...]) -> Any:

@@ -43,7 +43,7 @@ def make_steps(
     model: DistributedModelParallel, optimizer: Optimizer, world: World, clock: "Clock", accumulate: int
 ) -> Steps:
     """The plain loop for one process on the CPU, where TorchRec's pipeline only costs time; else the pipeline."""
-    if world.size == 1 and world.device.type == "cpu":
+    if world.alone_on_cpu:
         return PlainSteps(model, optimizer, clock, accumulate)
     return PipelinedSteps(model, optimizer, world.device, clock, accumulate)
 

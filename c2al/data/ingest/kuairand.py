@@ -157,9 +157,11 @@ def _past(log: pd.DataFrame, videos: pd.DataFrame, history: pd.DataFrame) -> dic
     columns: dict[str, npt.NDArray[np.generic]] = {}
     past_keys = {"user": (user, watcher), "video": (video, watched), "user_tag": (user_tag, watched_user_tag)}
     for name, (key, past_key) in past_keys.items():
-        columns[f"{name}_history"], columns[f"{name}_long_rate"] = _count_and_rate(past_key, longs, key, key + 1)
+        columns[f"{name}_history"], columns[f"{name}_long_rate"] = _count_and_rate(
+            past_key, longs, key, key + 1, _mean(longs)
+        )
         if name != "user_tag":
-            _, columns[f"{name}_like_rate"] = _count_and_rate(past_key, likes, key, key + 1)
+            _, columns[f"{name}_like_rate"] = _count_and_rate(past_key, likes, key, key + 1, _mean(likes))
 
     days = np.unique(log["date"])
     day = np.searchsorted(days, log["date"])
@@ -168,7 +170,7 @@ def _past(log: pd.DataFrame, videos: pd.DataFrame, history: pd.DataFrame) -> dic
     train = split == 0
     # Rows of validation and test know the labels of the splits before theirs, as a model trained up to there does.
     known = np.where(train, day, np.searchsorted(days, splits[split - 1], side="right"))
-    prior = label[train].mean() if train.any() else 0.0
+    prior = _mean(label[train])
     keys = {"user": user, "video": video, "user_tab": _pair(user, tab), "video_tab": _pair(video, tab)}
     for name, key in keys.items():
         # A row asks for the range of codes from its key's first day up to, but not at, the first day it does not know.
@@ -196,18 +198,16 @@ def _pair(a: Ints, b: Ints) -> Ints:
     return a * 100_000 + b + 1
 
 
-def _count_and_rate(
-    code: Ints, value: Floats, low_N: Ints, high_N: Ints, prior: float | None = None
-) -> tuple[Ints, Floats]:
-    """How many of `code` lie in [low, high) of each row, and the mean of their `value`, smoothed by `prior`.
+def _mean(values: Floats) -> float:
+    """0 of no values."""
+    return float(values.mean()) if len(values) else 0.0
 
-    `prior` is the mean of all values where it is not given.
-    """
+
+def _count_and_rate(code: Ints, value: Floats, low_N: Ints, high_N: Ints, prior: float) -> tuple[Ints, Floats]:
+    """How many of `code` lie in [low, high) of each row, and the mean of their `value`, smoothed by `prior`."""
     order = np.argsort(code, kind="stable")
     code, sums = code[order], np.concatenate([[0.0], np.cumsum(value[order])])
     a, b = np.searchsorted(code, low_N), np.searchsorted(code, high_N)
-    if prior is None:
-        prior = value.mean() if len(value) else 0.0
     return b - a, (sums[b] - sums[a] + SMOOTHING * prior) / (b - a + SMOOTHING)
 
 
