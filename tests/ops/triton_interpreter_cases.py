@@ -62,7 +62,7 @@ def use_candidate(monkeypatch, index):
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
     use_candidate(monkeypatch, 0)
-    monkeypatch.setattr(launch, "_resident_programs", lambda device: 2)
+    monkeypatch.setattr(launch, "_resident_programs", lambda *_: 2)
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
 
