@@ -1,9 +1,8 @@
 """FuxiCTR beside c2al: its preprocessing, Parquet loader, embedding, MLPs and training step, by its public API.
 
-Its package on PyPI holds no Wukong, only the building blocks of one; its model zoo, which has one, lies in its
-repository alone. WukongLayer joins the blocks to the layer that the shape wukong-26x16 names, and the test
-holds it against the plain stack of benchmarks/stack.py: the same function, other code around it. What is
-FuxiCTR's own and differs:
+Its package on PyPI holds no Wukong: its WuKong is in the model zoo of its repository alone. So WukongLayer joins
+the package's blocks to the layer that the shape wukong-26x16 names. A test holds it against the plain stack of
+benchmarks/stack.py: it is the same function. What is FuxiCTR's own and differs:
 
 tables      torch.nn.Embedding of the shape's rows and two more, under the same dense Adam as all else: a step
             updates every row. Ids are ranks by frequency, so that lookups meet the caches better than hashes do
@@ -162,7 +161,7 @@ def wukong(shape: Shape, features: Any, model_root: str) -> Any:
             self.embedding = FeatureEmbedding(features, config.embedding_dim, not_required_feature_columns=dense)
             self.over = Over(config, len(dense), len(data.sparse))
             self.compile("adam", "binary_crossentropy", shape.config.train.optimizer.dense_lr)
-            # fit() sets it; fit() itself wants validation data, and this version's a NumPy before 2.
+            # train_step reads it. fit() sets it, but needs a validation set, and here a NumPy before version 2.
             self._max_gradient_norm = 10.0
 
         def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
