@@ -1,4 +1,6 @@
-"""FuxiCTR beside c2al: its preprocessing, Parquet loader, embedding, MLPs and training step, by its public API.
+"""FuxiCTR beside c2al: its preprocessing, Parquet loader, embedding, MLPs and training step.
+
+Only its public API is used, but for one attribute that its train_step reads (see wukong()).
 
 Its package on PyPI holds no Wukong: its WuKong is in the model zoo of its repository alone. So WukongLayer joins
 the package's blocks to the layer that the shape wukong-26x16 names. A test holds it against the plain stack of
