@@ -41,8 +41,8 @@ OPS = {
     "fm": (fm_attention, functools.partial(field_attention, backend="eager")),
     "ours": (fm_attention, field_attention),
 }
-VARIANTS = (("bmm", "c2al"), ("fm", "c2al"), ("ours", "c2al"), ("ours", "baseline"))
-MODES = ("eager", "compiled", "graphs", "graph")
+VARIANTS = (("bmm", "c2al"), ("ours", "c2al"), ("ours", "baseline"), ("fm", "c2al"))
+MODES = ("graphs", "compiled", "eager", "graph")
 COMPILE = {"eager": None, "compiled": "default", "graphs": "reduce-overhead", "graph": "default"}
 PRECISIONS = ("bfloat16", "tf32", "float32")
 WARM_UP = 3

@@ -77,7 +77,7 @@ MEASURED: dict[tuple[Direction, int, int], list[Configuration]] = {
     ("forward", 512, 32): _columns(512, 32, (32, 4, 3)),
 }
 """By padded p and K, in half precision: tile, warps and stages of the fastest of a grid on an H100
-(benchmarks/fm_tune.py, benchmarks/results/fm_tune.csv). Other shapes take the rule of `configurations`."""
+(benchmarks/fm_tune.py; benchmarks/results/fm_tune.csv, fm_tune_large.csv). Others take the rule of `configurations`."""
 MEASURED_ROWS: dict[tuple[Direction, int, int], list[Configuration]] = {
     ("backward", 128, 32): [Configuration("rows", 128, 128, 32, 8, 3)],
 }
