@@ -127,6 +127,13 @@ class ModelConfig:
             yield "fields", f"must not be negative, is {self.fields}"
         if not self.interactions or len(set(self.interactions)) != len(self.interactions):
             yield "interactions", f"must name each module at most once and at least one, is {list(self.interactions)}"
+        for field in ("y_l1", "y_l2"):
+            if getattr(self.fm, field) and "fm_attention" not in self.interactions:
+                yield (
+                    f"fm.{field}",
+                    f"is {getattr(self.fm, field)} without effect: only the interaction 'fm_attention' has a Y, and "
+                    f"interactions is {list(self.interactions)}",
+                )
         yield from self._width_problems()
         if self.attention_heads >= 1 and self.embedding_dim % self.attention_heads:
             yield "attention_heads", f"must divide embedding_dim = {self.embedding_dim}, is {self.attention_heads}"

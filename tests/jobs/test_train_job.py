@@ -188,7 +188,7 @@ def assert_refused(folder: Path, capsys, words: list[str], overrides: Sequence[s
 
 
 def test_auxiliary_losses_need_cohorts(config, world, tmp_path):
-    with pytest.raises(ConfigError, match="need the cohorts; give --cohorts"):
+    with pytest.raises(ConfigError, match="needs the cohorts; give --cohorts"):
         train(replace(config, **{"train.auxiliary_lambda": 0.1}), tmp_path / "run", world)
     assert not (tmp_path / "run").exists()
 
