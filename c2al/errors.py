@@ -73,3 +73,7 @@ class BackendError(C2ALError):
 
 class TrainingError(C2ALError):
     """Training that had to stop: a non-finite loss, a lost rank, a failed write."""
+
+
+class NotFiniteError(TrainingError):
+    """A loss, weights or optimizer state that are not finite."""

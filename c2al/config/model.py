@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.typed import Problems
 
 
@@ -28,8 +29,8 @@ class FMConfig:
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
         for field in ("y_l1", "y_l2"):
-            if getattr(self, field) < 0:
-                yield field, f"must not be negative, is {getattr(self, field)}"
+            if not 0 <= getattr(self, field) <= LARGEST_FACTOR:
+                yield field, f"must lie in [0, {LARGEST_FACTOR:g}], is {getattr(self, field)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.typed import Problems
 
 
@@ -207,12 +208,12 @@ class TrainConfig:
                 f"must be a multiple of accumulate = {self.accumulate}: half-summed "
                 f"gradients are not saved; is {self.checkpoint.every_steps}",
             )
-        for field in ("max_steps", "auxiliary_lambda", "eval_every", "y_every", "profile_steps"):
+        for field in ("max_steps", "eval_every", "y_every", "profile_steps"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
         for name, value in self.lambdas.items():
-            if value < 0:
-                yield f"lambdas.{name}", f"must not be negative, is {value}"
+            if not 0 <= value <= LARGEST_FACTOR:
+                yield f"lambdas.{name}", f"must lie in [0, {LARGEST_FACTOR:g}], is {value}"
         if not 0 <= self.ema < 1:
             yield "ema", f"must lie in [0, 1), is {self.ema}"
         if self.early_stopping.patience:
@@ -237,9 +238,9 @@ class TrainConfig:
                 "passes per batch. The tables are updated inside backward, so they would move once per group; "
                 "with one backward it would be another method",
             )
-        for field in ("cohort_weight", "group_dro"):
-            if getattr(self, field) < 0:
-                yield field, f"must not be negative, is {getattr(self, field)}"
+        for field in ("auxiliary_lambda", "cohort_weight", "group_dro"):
+            if not 0 <= getattr(self, field) <= LARGEST_FACTOR:
+                yield field, f"must lie in [0, {LARGEST_FACTOR:g}], is {getattr(self, field)}"
         if self.cohort_weight != 1 and self.group_dro > 0:
             yield "group_dro", f"sets the rows' weights itself, so cohort_weight must be 1, is {self.cohort_weight}"
         if self.uncertainty_weighting and self.lambda_schedule != "constant":

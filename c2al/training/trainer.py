@@ -20,12 +20,13 @@ from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
-from c2al.errors import CheckpointError, TrainingError
+from c2al.errors import CheckpointError, NotFiniteError, TrainingError
 from c2al.training.batches import training_batches, training_reader, validation_batches
 from c2al.training.compilation import compile_training, is_compiled
 from c2al.training.diagnostics import UnitRecorder, YRecorder
 from c2al.training.dynamics import Dynamics
 from c2al.training.early_stopping import Waiting
+from c2al.training.factors import naming_factors
 from c2al.training.interrupt import Interrupt
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
 from c2al.training.model import TrainTask
@@ -66,7 +67,7 @@ def train(
     value met in training.
     """
     missing = [p for p in (output, *output.parents) if not p.exists()]
-    with sole_writer(output, world):
+    with sole_writer(output, world), naming_factors(config):
         trainer = None
         try:
             trainer = Trainer(start_run(output, config, cohorts, world, like, start), world)
@@ -240,12 +241,12 @@ class Trainer:
             raise TrainingError(f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on")
 
     def _refuse_nonfinite(self) -> None:
-        """Raises TrainingError on every rank when a loss since the last log line is not finite on any."""
+        """Raises NotFiniteError on every rank when a loss since the last log line is not finite on any."""
         bad = self.world.all_sum(torch.tensor(float(not self.loss_T.isfinite().all()))).item()
         if bad:
             self.checkpoints.wait()
             kept = self.saved.latest()
-            raise TrainingError(
+            raise NotFiniteError(
                 f"{self.run.path}: the loss is not finite at a step from {self._logged + 1} to {self.step} (on "
                 f"{bad:.0f} of {self.world.size} ranks); "
                 + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")

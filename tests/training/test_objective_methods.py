@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from c2al.config import parse_config, replace, save_config
 from c2al.distributed.process import process_group
-from c2al.errors import ConfigError
+from c2al.errors import ConfigError, TrainingError
 from c2al.experiment.bench import Share
 from c2al.experiment.check import check
 from c2al.experiment.plan import arm_trials, arms_base, baseline_trials
@@ -113,7 +114,7 @@ def test_uncertainty_weighting_by_hand():
     [
         ({"combine": "pcgrad"}, r"train\.combine: 'pcgrad' is none of .*; did you mean 'pcgrad-feat'"),
         ({"combine": "selective-groups"}, r"train\.combine: selective .* several backward passes"),
-        ({"cohort_weight": -1.0}, r"train\.cohort_weight: must not be negative, is -1"),
+        ({"cohort_weight": -1.0}, r"train\.cohort_weight: must lie in \[0, 1e\+06\], is -1"),
         ({"group_dro": 0.1, "cohort_weight": 2.0}, r"train\.group_dro: .* cohort_weight must be 1, is 2"),
         (
             {"uncertainty_weighting": True, "lambda_schedule": "warmup"},
@@ -248,6 +249,47 @@ def test_a_lambda_that_is_0_of_every_chosen_cohort_is_refused(config, tmp_path):
         pytest.raises(ConfigError, match=r"train\.lambdas: .* is 0 \(head, tail\)"),
     ):
         train(replace(config, **own), tmp_path / "run", world, write_cohorts(tmp_path / "cohorts.json"))
+
+
+LARGE = {
+    "train.cohort_weight": 1e6,
+    "train.auxiliary_lambda": 1e6,
+    "train.lambdas.tail": 1e6,
+    "train.group_dro": 1e6,
+    "model.fm.y_l1": 1e6,
+    "model.fm.y_l2": 1e6,
+    "experiment.auxiliary_lambda": 1e6,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_factor_of_the_loss_that_no_float32_bears_is_refused_and_the_largest_one_trains(config, tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: must lie in .0, 1e\+06\], is 1e\+30"):
+        replace(config, **{name: 1e30})
+    own = replace(config, **{name: LARGE[name], "train.max_steps": 3})
+    needed = write_cohorts(tmp_path / "cohorts.json") if own.train.needs_cohorts else None
+    with process_group(config.dist) as world:
+        train(own, tmp_path / "run", world, needed)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*3"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.optimizer.dense_lr": 1e30}, "train.optimizer.dense_lr = 1e+30"),
+        ({"train.optimizer.weight_decay": 1e30}, "train.optimizer.weight_decay = 1e+30"),
+        (
+            {"train.optimizer.sparse_lr": 1e30, "train.cohort_weight": 2.0, "train.log_every": 1},
+            "train.cohort_weight = 2.0, train.optimizer.sparse_lr = 1e+30",
+        ),
+    ],
+)
+def test_what_is_not_finite_names_the_settings_it_may_come_from(config, tmp_path, changes, named):
+    own = replace(config, **changes)
+    needed = write_cohorts(tmp_path / "cohorts.json") if own.train.needs_cohorts else None
+    with process_group(config.dist) as world, pytest.raises(TrainingError, match="not finite") as caught:
+        train(own, tmp_path / "run", world, needed)
+    assert named in str(caught.value)
 
 
 @pytest.mark.parametrize("field", ["y_l1", "y_l2"])
