@@ -305,7 +305,7 @@ def test_a_signal_during_the_last_step_of_a_training_ends_the_experiment(tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_evaluate", evaluate_under_a_signal)
-        assert main(words(tmp_path)) == 130
+        assert main(words(tmp_path)) == 128 + number
     assert "interrupted" in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "trainings").glob("*/seed_*"))) == 1
     assert main(words(tmp_path)) == 0

@@ -109,7 +109,7 @@ def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, 
     process.send_signal(number)
     _, text = process.communicate(timeout=60)
     if number == signal.SIGTERM:
-        assert process.returncode in (1, 0), text
+        assert process.returncode in (128 + number, 0), text
         assert process.returncode == 0 or "the same command goes on" in text
     else:
         assert process.returncode == -signal.SIGKILL
