@@ -22,8 +22,8 @@ from pathlib import Path, PurePosixPath
 from c2al.config import Axis, DataConfig, DiscoverConfig
 from c2al.data.cohorts import Cohorts, read_cohorts
 from c2al.data.identity import FileIdentity, differences, identify
-from c2al.data.scores_folder import COMPLETE, check_marker
-from c2al.data.source import File, open_dataset
+from c2al.data.scores_folder import COMPLETE, check_marker, open_scored
+from c2al.data.source import File
 from c2al.discovery.accumulators import Accumulators
 from c2al.discovery.axes import Columns, Cuts
 from c2al.discovery.densities import DENSITIES, write_densities
@@ -70,7 +70,7 @@ def discover(
     if data.weight and world.rank == 0:
         print(f"discover: every row counts once; data.weight = '{data.weight}' is not used", file=sys.stderr)
     with _writing(output, world):
-        files = world.together(lambda: open_dataset(scores))
+        files = world.together(lambda: open_scored(scores))
         world.once(lambda: _check_markers(files))
         record = ScanRecord(
             axes=tuple(axes),
