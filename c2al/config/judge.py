@@ -95,7 +95,8 @@ class Arm:
     file: str = ""
     """Path of the cohorts.json of cohorts = "file"."""
     draw: int = 0
-    """Number of the draw of cohorts = "random" and "shuffled": another number, other cohorts."""
+    """Number of the draw of cohorts = "random" and "shuffled": another number, another draw. Of few pairs two draws may
+    be the same, and "random" may draw the "least" one; the report says so."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that differ from the baseline's, by dotted name: {"train.optimizer.dense_lr" = 0.002}."""
     select: dict[str, Any] = dataclasses.field(default_factory=dict)

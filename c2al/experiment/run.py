@@ -8,6 +8,7 @@ hosts may work on one folder: each takes what no other one is doing.
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 from c2al.config import Config
@@ -22,7 +23,7 @@ from c2al.experiment.check import check, check_data
 from c2al.experiment.folder import claim, start
 from c2al.experiment.plan import Trial, arms_base, arms_of
 from c2al.report.html import write_report
-from c2al.report.record import Record, read_record
+from c2al.report.record import Record, read_record, repeated
 from c2al.report.verdict import sentences
 from c2al.serving.export import export
 from c2al.state import read_json
@@ -51,6 +52,9 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     base = arms_base(config, trials[selected])
     plans = [plan_arm(bench, arm, base, discovery) for arm in arms_of(config)]
     world.together(lambda: _refuse_impossible_minimum(plans))
+    if world.rank == 0:
+        for arm, other in repeated([(p.arm, p.cohorts) for p in plans]).items():
+            print(f"experiment: arm '{arm}' has the same cohorts as arm '{other}'", file=sys.stderr)
     record = _records(bench, trials, plans, discovery)
     if record is None:
         return None
