@@ -52,7 +52,7 @@ def _last(file: str, **wanted: str) -> Mapping[str, str]:
 
 GPU = _last(
     "gpu_step_cuda.csv",
-    shape="dhen-production", precision="bfloat16", fm_attention="ours", mode="graphs", arm="c2al",
+    shape="dhen-production", precision="bfloat16", ops="ours", mode="graphs", arm="c2al",
 )  # fmt: skip
 """A whole training step on one GPU: C2AL, compiled, under CUDA graphs."""
 STEP_MS = float(GPU["median_ms"])

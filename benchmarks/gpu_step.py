@@ -3,8 +3,8 @@
     python benchmarks/gpu_step.py [--shapes dhen-production wukong-26x16] [--seconds 160] [--output DIR]
 
 A step is the lookup in one merged table, dense arch, DHEN, prediction heads, Eq. 4, backward, row-wise
-Adagrad and fused Adam, on one batch that lies on the device. Variants: FM attention by torch's products
-("bmm") or by our op ("ours"); eager, compiled, compiled with
+Adagrad and fused Adam, on one batch that lies on the device. Variants: torch's products and attention ("bmm"), our
+op for FM attention ("fm"), and our op for attention among fields as well ("ours"); eager, compiled, compiled with
 CUDA graphs of torch.compile's own ("graphs": forward and backward) or with the whole step replayed as one; a
 baseline or C2AL with its two auxiliary prediction heads. Variants of a precision take turns.
 
@@ -33,9 +33,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.nn import interactions
+from c2al.ops.field_attention import field_attention
 from c2al.ops.fm_attention import fm_attention
 
-OPS = {"bmm": functools.partial(fm_attention, backend="eager"), "ours": fm_attention}
+OPS = {
+    "bmm": (functools.partial(fm_attention, backend="eager"), functools.partial(field_attention, backend="eager")),
+    "fm": (fm_attention, functools.partial(field_attention, backend="eager")),
+    "ours": (fm_attention, field_attention),
+}
+VARIANTS = (("bmm", "c2al"), ("fm", "c2al"), ("ours", "c2al"), ("ours", "baseline"))
 MODES = ("eager", "compiled", "graphs", "graph")
 COMPILE = {"eager": None, "compiled": "default", "graphs": "reduce-overhead", "graph": "default"}
 PRECISIONS = ("bfloat16", "tf32", "float32")
@@ -79,7 +85,7 @@ def measure(name: str, precision: str, arguments: argparse.Namespace, deadline: 
     runs: dict[tuple[str, str, str], Callable[[], object]] = {}
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for mode in arguments.modes:
-        for op, arm in (("bmm", "c2al"), ("ours", "c2al"), ("ours", "baseline")):
+        for op, arm in VARIANTS:
             if time.monotonic() > deadline or (mode.startswith("graph") and device == "cpu"):
                 continue
             key = (op, mode, arm)
@@ -110,7 +116,7 @@ def build(
     start = time.monotonic()
 
     def run() -> torch.Tensor:
-        interactions.fm_attention = OPS[op]
+        interactions.fm_attention, interactions.field_attention = OPS[op]
         return step(columns)
 
     flops, moved = cost(step, columns, op)
@@ -122,7 +128,7 @@ def build(
     if mode == "graph":
         replay = captured(run, step)
         replay()
-    row: dict[str, Any] = {"fm_attention": op, "mode": mode, "arm": arm, "loss": round(loss.item(), 4)}
+    row: dict[str, Any] = {"ops": op, "mode": mode, "arm": arm, "loss": round(loss.item(), 4)}
     row |= {"gflop": round(flops / 1e9, 6), "mib_moved": round(moved / 2**20, 3)}
     row["start_seconds"] = round(time.monotonic() - start, 1)
     if device == "cuda":
@@ -150,7 +156,7 @@ def captured(run: Callable[[], object], step: PlainStep) -> Callable[[], object]
 
 def cost(step: PlainStep, columns: Columns, op: str) -> tuple[int, int]:
     """(FLOPs of forward and backward, bytes of the docstring's count), counted on an eager step."""
-    interactions.fm_attention = OPS[op]
+    interactions.fm_attention, interactions.field_attention = OPS[op]
     outputs = 0
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -68,10 +68,21 @@ def tiny() -> Shape:
     return _made(16, 3, [50, 60, 70], model)
 
 
+def tiny_wukong() -> Shape:
+    """wukong-26x16 for tests and dry runs."""
+    model = ModelConfig(
+        embedding_dim=8, dense_hidden=(6,), layers=2, interactions=("linear", "fm_attention"), tokens=(3, 2),
+        ensemble="stack", shortcut="linear", head_hidden=(8, 4),
+        fm=FMConfig(layout="wukong", y="static", k=2, hidden=8),
+    )  # fmt: skip
+    return _made(16, 3, [50, 60, 70], model)
+
+
 SHAPES: dict[str, Callable[[], Shape]] = {
     "wukong-26x16": wukong_26x16,
     "dhen-production": dhen_production,
     "demo": lambda: _shipped("conflict"),
     "kuairand": lambda: _shipped("kuairand"),
     "tiny": tiny,
+    "tiny-wukong": tiny_wukong,
 }

@@ -10,7 +10,9 @@ plain      the same model function in plain PyTorch (benchmarks/stack.py): one p
            merged table, fused Adam: the practical ceiling of eager torch
 compiled   the same under torch.compile
 dlrm       torchrec.models.dlrm on the same batches in memory: another model, for scale
-fuxictr    not run: it has no part here yet
+fuxictr    the shape wukong-26x16 from FuxiCTR's blocks, with its own Parquet loader and training step
+           (benchmarks/fuxi.py), float32 alone; other shapes, and all where the extra `benchmark` is not
+           installed, are skipped with a reason
 
 samples/s and samples per CPU second are of the steps after --warm-up; start-up is the time from the process's
 start to the end of the warm-up, compiling included. Every process keeps freed memory, as c2al does.
@@ -31,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from shapes import SHAPES, Shape
 
 from c2al.config import Config, replace
 
-CONTENDERS = ("c2al", "c2al-eager", "plain", "compiled", "dlrm")
+CONTENDERS = ("c2al", "c2al-eager", "plain", "compiled", "dlrm", "fuxictr")
 MODULES = (
     "DenseArch",
     "FMAttention",
@@ -64,7 +66,7 @@ EVENTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[n for n in SHAPES if n != "tiny"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[n for n in SHAPES if "tiny" not in n])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--precision", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
@@ -83,16 +85,20 @@ def main() -> None:
     rows, parts = [], []
     for name, precision in itertools.product(arguments.shapes, arguments.precision):
         with tempfile.TemporaryDirectory() as folder:
-            results: dict[str, list[dict[str, Any]]] = {contender: [] for contender in arguments.contenders}
             write_data(SHAPES[name](), arguments, Path(folder))
+            contenders = [
+                c for c in arguments.contenders if c != "fuxictr" or ready(name, precision, arguments, Path(folder))
+            ]
+            results: dict[str, list[dict[str, Any]]] = {contender: [] for contender in contenders}
             for round_ in range(arguments.rounds):
-                for contender in arguments.contenders:
+                for contender in contenders:
                     run = Path(folder) / f"{contender}{round_}"
                     if (result := spawn(contender, name, precision, arguments, run)) is not None:
                         results[contender].append(result)
             fresh = summaries(name, precision, results)
             rows += [row | {"threads": arguments.threads} | about() for row in fresh]
-            write_table(arguments.output / "train.csv", rows)
+            if rows:  # an empty table would replace an earlier one
+                write_table(arguments.output / "train.csv", rows)
             if arguments.breakdown:
                 result = spawn("breakdown", name, precision, arguments, Path(folder) / "breakdown") or {}
                 for part, share in result.items():
@@ -107,6 +113,14 @@ def write_data(shape: Shape, arguments: argparse.Namespace, folder: Path) -> Non
     from made_rows import write  # pyarrow, which the children that need no Parquet do without
 
     write(shape.config.data, shape.batch * (arguments.warm_up + arguments.steps + 1), folder / "data")
+
+
+def ready(shape: str, precision: str, arguments: argparse.Namespace, folder: Path) -> bool:
+    """Whether FuxiCTR's data is written; the reason why not goes to the screen."""
+    result = spawn("fuxictr-data", shape, precision, arguments, folder / "fuxictr-data")
+    if result and result["skipped"]:
+        print(f"{shape} {precision} fuxictr: skipped: {result['skipped']}", flush=True)
+    return result is not None and not result["skipped"]
 
 
 def spawn(
@@ -166,6 +180,10 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
             return breakdown(training_config(shape, arguments), arguments.folder)
         case "dlrm":
             return in_memory(shape, arguments, dlrm_step)
+        case "fuxictr-data":
+            return fuxictr_data(shape, bfloat16, arguments)
+        case "fuxictr":
+            return fuxictr(shape, arguments)
     compiled = arguments.child == "compiled"
     return in_memory(shape, arguments, lambda s, table: _plain(s, table, bfloat16, compiled))
 
@@ -282,7 +300,17 @@ def in_memory(shape: Shape, arguments: argparse.Namespace, make: Callable[[Shape
     optimizer = shape.config.train.optimizer
     table = MergedTable(shape.rows, shape.config.model.embedding_dim, optimizer.sparse_lr, optimizer.sparse_eps)
     batches = itertools.cycle(batches_of(shape.config.data, table, shape.rows, shape.batch, 8))
-    step = make(shape, table)
+    return measure(make(shape, table), batches, shape, arguments, start)
+
+
+def measure(
+    step: Callable[[Any], torch.Tensor],
+    batches: Iterator[Any],
+    shape: Shape,
+    arguments: argparse.Namespace,
+    start: float,
+) -> dict[str, Any]:
+    """What steps take after the warm-up; `start`: perf_counter when the process began its work."""
     for _ in range(arguments.warm_up):
         step(next(batches))
     ready, cpu = time.perf_counter(), time.process_time()
@@ -297,6 +325,24 @@ def in_memory(shape: Shape, arguments: argparse.Namespace, make: Callable[[Shape
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
         "start_seconds": ready - start + _age(start),
     }
+
+
+def fuxictr_data(shape: Shape, bfloat16: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+    from fuxi import prepare, reason_to_skip
+
+    if not (reason := reason_to_skip(shape, bfloat16)):
+        prepare(shape, arguments.folder.parent)
+    return {"skipped": reason}
+
+
+def fuxictr(shape: Shape, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps of FuxiCTR on batches that its loader makes of its Parquet."""
+    from fuxi import model_and_batches
+
+    keep_freed_memory()
+    start = time.perf_counter()
+    model, batches = model_and_batches(shape, arguments.folder.parent)
+    return measure(lambda batch: model.train_step(batch).detach(), batches, shape, arguments, start)
 
 
 def _plain(shape: Shape, table: Any, bfloat16: bool, compiled: bool) -> Any:

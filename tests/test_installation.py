@@ -66,6 +66,14 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
+def pins(name: str) -> set[str]:
+    """What requirements/`name`.txt asks for, with versions."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    found = {line for line in lines if line and not line.startswith("#")}
+    assert all("==" in line for line in found), found
+    return found
+
+
 def test_the_wheel_holds_the_package_its_data_and_its_dependencies(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -79,13 +87,9 @@ def test_the_wheel_holds_the_package_its_data_and_its_dependencies(wheel):
     source = {p.relative_to(ROOT).as_posix() for s in ("*.py", "*.toml", "py.typed") for p in ROOT.glob(f"c2al/**/{s}")}
     assert source == {n for n in names if n.startswith("c2al/")}
     assert len([n for n in names if n.endswith(".toml")]) >= 4
-    base = (ROOT / "requirements" / "base.txt").read_text(encoding="utf-8").splitlines()
-    pins = {line for line in base if line and not line.startswith("#")}
-    assert pins == {w for w in wanted if "extra" not in w}
-    assert {w.partition(";")[0].strip() for w in wanted if 'extra == "cuda"' in w} == {
-        "torchrec==1.8.0",
-        "fbgemm-gpu==1.8.0",
-    }
+    assert pins("base") == {w for w in wanted if "extra" not in w}
+    for extra, file in (("cuda", "torchrec-cuda"), ("methods", "methods"), ("benchmark", "benchmark")):
+        assert {w.partition(";")[0].strip() for w in wanted if f'extra == "{extra}"' in w} == pins(file), extra
 
 
 def test_the_wheel_runs_in_an_environment_of_its_own(wheel, tmp_path):

@@ -7,10 +7,10 @@ Every module takes x_BMD and has `out_fields`, the L of the (B, L, D) it returns
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from c2al.config import FMConfig
 from c2al.errors import ConfigError
+from c2al.ops.field_attention import field_attention
 from c2al.ops.fm_attention import fm_attention
 
 NORM_EPS = 1e-5
@@ -202,19 +202,6 @@ class DotInteraction(nn.Module):
         return tokens_BF.view(x_BMD.shape[0], self.out_fields, x_BMD.shape[2])
 
 
-def attend(q_BHMd: Tensor, k_BHMd: Tensor, v_BHMd: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of every sample and head, (B, H, M, d).
-
-    A GPU has fused kernels for it. On the CPU torch's fused kernel is made for long sequences: for (1024, 4,
-    28, 16), forward and backward with the maps around it, it takes 331 ms in bfloat16 and the plain
-    products 71, in float32 71 and 63 (one thread, Xeon with AMX, docs/LOG.md).
-    """
-    if q_BHMd.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BHMd, k_BHMd, v_BHMd)
-    weights_BHMM = torch.softmax((q_BHMd * q_BHMd.shape[-1] ** -0.5) @ k_BHMd.mT, dim=-1)
-    return weights_BHMM @ v_BHMd
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention among the fields (Vaswani et al. 2017), `heads` of D / heads dims."""
 
@@ -226,6 +213,5 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BMD: Tensor) -> Tensor:
-        qkv_BHMd = [t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x_BMD).chunk(3, dim=-1)]
-        out_BMD: Tensor = self.out(attend(*qkv_BHMd).transpose(1, 2).flatten(2))
+        out_BMD: Tensor = self.out(field_attention(self.qkv(x_BMD), self.heads))
         return out_BMD

@@ -22,14 +22,9 @@ def results(dhen, x_BMD, precision):
     return [out.detach(), x_BMD.grad, *(p.grad for p in dhen.parameters())]
 
 
-@pytest.mark.parametrize("layout", ["paper", "wukong"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
-    """Relative Frobenius errors against float64. float32 accumulates some thousand roundings of 6e-8 through two layers
-    and their LayerNorms. bfloat16 rounds elsewhere on a GPU than on a CPU, so one tensor alone may fare worse: the root
-    mean square over all tensors must be that of the CPU, and no tensor thrice the CPU's. The bias of linear compression
-    shifts whole tokens, which LayerNorm takes out: its gradient is 0, and its error is judged by the others' size."""
-    torch.manual_seed(0)
+def errors(layout, precision, seed):
+    """Relative Frobenius errors of every tensor against float64, (of the GPU, of the CPU)."""
+    torch.manual_seed(seed)
     every = ("fm_attention", "linear", "cross", "attention")
     config = ModelConfig(embedding_dim=16, interactions=every, layers=2, fm=FMConfig(layout=layout, k=8))
     dhen = DHEN(config, fields=12)
@@ -37,14 +32,29 @@ def test_output_and_every_gradient_equal_those_of_the_cpu(precision, layout):
     exact = results(copy.deepcopy(dhen).double(), x_BMD.double(), "float32")
     cpu = results(copy.deepcopy(dhen), x_BMD, precision)
     gpu = results(dhen.cuda(), x_BMD.cuda(), precision)
+    # The bias of linear compression shifts whole tokens, which LayerNorm takes out: its gradient is 0, and its error
+    # is judged by the others' size.
     scale = torch.stack([e.norm() for e in exact[2:]]).median()
     size = [torch.maximum(e.norm(), 0.1 * scale) for e in exact]
-    of_gpu, of_cpu = (
+    return [
         torch.stack([(a.cpu().double() - e).norm() / n for a, e, n in zip(found, exact, size, strict=True)])
         for found in (gpu, cpu)
-    )
-    if precision == "float32":
-        assert of_gpu.max() <= 1e-4
-    else:
-        assert of_gpu.square().mean().sqrt() <= 1.2 * of_cpu.square().mean().sqrt()
-        assert (of_gpu <= 3 * of_cpu + 1e-3).all()
+    ]
+
+
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+def test_float32_equals_the_cpu(layout):
+    """Some thousand roundings of 6e-8 through two layers and their LayerNorms."""
+    of_gpu, _ = errors(layout, "float32", seed=0)
+    assert of_gpu.max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["paper", "wukong"])
+def test_bfloat16_errs_no_more_than_on_the_cpu(layout):
+    """A GPU rounds elsewhere than a CPU, and an early difference passes through all later tensors, so one draw of the
+    weights may fare a third better or worse. The mean over sixteen draws of the root mean square over all tensors is
+    the CPU's, and no tensor errs thrice as much."""
+    found = [errors(layout, "bfloat16", seed) for seed in range(16)]
+    of_gpu, of_cpu = (torch.stack(errs) for errs in zip(*found, strict=True))
+    assert of_gpu.square().mean(1).sqrt().mean() <= 1.1 * of_cpu.square().mean(1).sqrt().mean()
+    assert (of_gpu.mean(0) <= 3 * of_cpu.mean(0) + 1e-3).all()

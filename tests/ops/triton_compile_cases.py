@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from c2al.ops.triton import kernels
+from c2al.ops.triton import field_kernels, field_launch, kernels
 from c2al.ops.triton.configurations import BLOCKS_K, BLOCKS_P, BLOCKS_Q, MEASURED, MEASURED_ROWS, configurations
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -50,10 +50,22 @@ def usage(case):
     types |= {"stride_b": "i32", "stride_m": "i32", "batch": "i32", "eps": "fp32", "rstd": "*fp32"}
     if shared:
         types["dy"] = "*fp32"
+    return resources(kernel, types, constants, config.warps, config.stages)
+
+
+def field_usage(case):
+    """The same of attention among fields."""
+    kernel, block_m, block_s = case
+    constants = {"M": block_m, "D": 4 * block_s, "HEADS": 4, "BLOCK_M": block_m, "BLOCK_S": block_s}
+    types = dict.fromkeys(kernel.arg_names, "*bf16") | dict.fromkeys(constants, "constexpr") | {"scale": "fp32"}
+    return resources(kernel, types, constants, field_launch.warps_of(block_m), field_launch.STAGES)
+
+
+def resources(kernel, types, constants, warps, stages):
     signature = {name: types[name] for name in kernel.arg_names}
     aligned = [i for i, n in enumerate(signature) if signature[n].startswith("*") or n.startswith("stride")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -86,6 +98,12 @@ def main():
             for case, (registers, stack, shared) in zip(todo, pool.imap(usage, todo, chunksize=4), strict=True):
                 timed = case[2] in MEASURED_CASES
                 row = {"case": str(case), "registers": registers, "stack": stack, "shared": shared, "timed": timed}
+                print(json.dumps(row), flush=True)
+            kernels_of_fields = (field_kernels.forward, field_kernels.backward)
+            for kernel, block_m, block_s in itertools.product(kernels_of_fields, (16, 32, 64, 128), (16, 32, 64)):
+                registers, stack, shared = field_usage((kernel, block_m, block_s))
+                name = f"attention among fields {kernel.__name__} {block_m} {block_s}"
+                row = {"case": name, "registers": registers, "stack": stack, "shared": shared, "timed": False}
                 print(json.dumps(row), flush=True)
 
 

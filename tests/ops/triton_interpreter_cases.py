@@ -14,6 +14,7 @@ from fm_reference import assert_within_rounding, operands, reference, relative, 
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from c2al.ops.field_attention import field_attention
 from c2al.ops.fm_attention import fm_attention
 from c2al.ops.triton import launch
 from c2al.ops.triton.configurations import configurations
@@ -62,7 +63,7 @@ def use_candidate(monkeypatch, index):
 @pytest.fixture(autouse=True)
 def no_card(monkeypatch):
     use_candidate(monkeypatch, 0)
-    monkeypatch.setattr(launch, "_resident_programs", lambda device: 2)
+    monkeypatch.setattr(launch, "_resident_programs", lambda *_: 2)
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -205,3 +206,25 @@ def test_flops_are_counted(layout):
         out.backward(grad)
     assert forward.get_total_flops() == 4 * batch * m * d * k
     assert backward.get_total_flops() == 10 * batch * m * d * k  # T once more
+
+
+@pytest.mark.parametrize("size", [(3, 20, 24, 2), (2, 33, 16, 1), (2, 1, 6, 3), (0, 4, 8, 2), (1, 17, 66, 3)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention_among_fields(dtype, size):
+    """Errors are those of torch's own products in this dtype, which round the same intermediates."""
+    batch, fields, dim, heads = size
+    qkv = torch.randn(batch, fields, 3 * dim, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    grad = torch.randn(batch, fields, dim, generator=torch.Generator().manual_seed(1)).to(qkv.dtype)
+
+    def both(function, qkv):
+        qkv = qkv.detach().clone().requires_grad_()
+        out = function(qkv, heads)
+        return [out.detach(), *torch.autograd.grad(out, qkv, grad.to(out.dtype))]
+
+    fused = both(torch.ops.c2al.field_attention, qkv)
+    eager, exact = both(field_attention, qkv), both(field_attention, qkv.double())
+    for f, g, e in zip(fused, eager, exact, strict=True):
+        assert f.dtype == qkv.dtype
+        assert f.shape == e.shape
+        if batch:
+            assert relative(f, e) <= 1.2 * relative(g, e) + 1e-6

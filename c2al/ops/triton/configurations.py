@@ -19,8 +19,8 @@ Schedule = Literal["columns", "rows"]
 
 SHARED_MEMORY = 232_448
 """Bytes one block can have on sm_90."""
-BLOCKS_P = (16, 64, 128, 256)
-BLOCKS_Q = (16, 64, 128)
+BLOCKS_P = (16, 32, 64, 128, 256)
+BLOCKS_Q = (16, 32, 64, 128)
 BLOCKS_K = (16, 32, 64, 128)
 """Sizes to which p (columns), q (rows) and K are padded."""
 
@@ -60,6 +60,12 @@ def _columns(block_p: int, block_k: int, *tiles: tuple[int, int, int]) -> list[C
 
 _SMALL = ((32, 1, 3), (16, 1, 1), (64, 4, 2))
 MEASURED: dict[tuple[Direction, int, int], list[Configuration]] = {
+    ("forward", 16, 16): _columns(16, 16, (16, 1, 1)),
+    ("backward", 16, 16): [Configuration("rows", 16, 16, 16, 1, 1), *_columns(16, 16, (16, 1, 1))],
+    ("forward", 32, 16): _columns(32, 16, (32, 1, 3), (16, 1, 2)),
+    ("backward", 32, 16): _columns(32, 16, (32, 1, 3)),
+    ("forward", 32, 32): _columns(32, 32, (16, 1, 1), (16, 2, 1)),
+    ("backward", 32, 32): [Configuration("rows", 32, 16, 32, 1, 1), *_columns(32, 32, (16, 2, 3))],
     ("forward", 64, 16): _columns(64, 16, *_SMALL),
     ("backward", 64, 16): _columns(64, 16, *_SMALL),
     ("forward", 128, 32): _columns(128, 32, (64, 4, 2), (32, 2, 3)),
@@ -79,7 +85,9 @@ MEASURED_ROWS: dict[tuple[Direction, int, int], list[Configuration]] = {
 
 _STAGES: dict[tuple[Direction, Precision, Schedule, int, int, int], int] = {
     ("backward", "half", "columns", 128, 16, 128): 3,
+    ("forward", "half", "rows", 32, 32, 16): 3,
     ("backward", "half", "rows", 32, 16, 32): 3,
+    ("backward", "half", "rows", 32, 32, 128): 3,
     ("backward", "ieee", "columns", 16, 16, 16): 3,
     ("backward", "tf32", "columns", 128, 32, 32): 1,
 }
@@ -105,7 +113,7 @@ def configurations(direction: Direction, p: int, q: int, k: int, precision: Prec
         if not measured and p > BLOCKS_P[-1]:
             measured = MEASURED_ROWS.get((direction, _block(q, BLOCKS_Q), block_k))
         if measured:
-            return list(measured)
+            return [c for c in measured if c.schedule == "columns" or q <= c.block_q]
     resident: dict[Schedule, int] = {"columns": _block(p, BLOCKS_P), "rows": _block(q, BLOCKS_Q)}
     for schedule, held in resident.items():
         budget = _BUDGETS.get((schedule, precision))

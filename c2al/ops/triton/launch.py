@@ -52,7 +52,7 @@ def backward(
     problem = _Problem.of(x_BMD, y, paper, out_BPK is not None)
     batch, x_BMD, grad_BPK = x_BMD.shape[0], _addressable(x_BMD), grad_BPK.contiguous()
     dx_BMD = torch.empty_like(x_BMD, memory_format=torch.contiguous_format)
-    programs = min(batch, _resident_programs(x_BMD.device)) if problem.shared else batch
+    programs = min(batch, _resident_programs(x_BMD.device, problem)) if problem.shared else batch
     dy_NPK = y.new_empty(programs, problem.p, problem.k, dtype=torch.float32 if problem.shared else y.dtype)
     saved = (grad_BPK, x_BMD, y.contiguous(), grad_BPK if out_BPK is None else out_BPK, rstd_BP)
     arguments = (*saved, dx_BMD, dy_NPK, batch, x_BMD.stride(0), x_BMD.stride(1))
@@ -66,24 +66,28 @@ def _addressable(x_BMD: Tensor) -> Tensor:
     return x_BMD if x_BMD.stride(2) == 1 and m * x_BMD.stride(1) + d < 2**31 else x_BMD.contiguous()
 
 
-def _resident_programs(device: torch.device) -> int:
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count
+def _resident_programs(device: torch.device, problem: _Problem) -> int:
+    """Programs that share the sum of dY: enough to hide the memory's latency, few enough that adding their partials
+    costs little."""
+    found = configurations("backward", problem.p, problem.q, problem.k, problem.precision)
+    warps = min((c.warps for c in found), default=4)
+    return min(32 // warps, 16) * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _tuned: dict[tuple[Direction, str, _Problem], Configuration] = {}
 
 
 def _launch(direction: Direction, problem: _Problem, programs: int, arguments: tuple[Any, ...]) -> None:
-    """Runs the kernel on x's device with its fastest configuration, timed once a problem and card."""
+    """Runs the kernel on x's device with its fastest configuration, timed once per problem and card."""
     if programs == 0:
         return
     p, q, k, precision = problem.p, problem.q, problem.k, problem.precision
     candidates = configurations(direction, p, q, k, precision)
     if not candidates:
         raise BackendError(f"fm_attention: no Triton {direction} kernel for p={p}, q={q}, K={k}, {precision}")
-    kernel = getattr(kernels, f"{direction}_{candidates[0].schedule}")
 
     def run(c: Configuration) -> None:
+        kernel = getattr(kernels, f"{direction}_{c.schedule}")
         kernel[(programs,)](
             *arguments, P=p, Q=q, K=k, PAPER=problem.paper, SHARED=problem.shared, NORM=problem.norm,
             PRECISION="ieee" if precision == "ieee" else "tf32",
