@@ -1,4 +1,4 @@
-"""The kernel of attention among fields on a GPU: run with `pytest -m gpu tests/ops tests/nn`; torch and triton suffice."""
+"""The kernel of attention among fields on a GPU: run with `pytest -m gpu tests/ops tests/nn`."""
 
 import pytest
 import torch

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from c2al.ops.triton import field_kernels
 
-STAGES = 2
+STAGES = 3
+"""Heads in flight; with `warps_of` the fastest of a grid on an H100 at 64, 28 and 27 fields (docs/LOG.md)."""
 
 
 def forward(qkv_BMF: Tensor, heads: int) -> Tensor:
