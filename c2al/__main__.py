@@ -5,6 +5,7 @@ import importlib
 import io
 import logging
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -81,13 +82,17 @@ def _refuse_uris(known: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one job; returns 0, or a C2ALError's exit code after printing its message."""
+    """Runs one job; returns 0, or a C2ALError's exit code after printing its message.
+
+    A signal that Python was told of gives 128 + its number, as a shell says of a process that a signal ended.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     try:
         return _run(words)
-    except KeyboardInterrupt:  # whenever it comes, the import of a job included
+    except KeyboardInterrupt as stop:  # whenever it comes, the import of a job included
         print(f"c2al {' '.join(words[:1])}: interrupted", file=sys.stderr)
-        return 130
+        number = stop.args[0] if stop.args else signal.SIGINT
+        return 128 + int(number)
 
 
 def _run(words: list[str]) -> int:

@@ -1,7 +1,8 @@
 """The error tree. Every message names the file, the field or row group, and the value.
 
 ``exit_code`` is what the command line returns: 2 for anything the user can mend by
-changing input or configuration, 1 for a run that failed after it began.
+changing input or configuration, 1 for a run that failed after it began, 130 and 143 for one that a
+signal ended.
 """
 
 
@@ -73,3 +74,19 @@ class BackendError(C2ALError):
 
 class TrainingError(C2ALError):
     """Training that had to stop: a non-finite loss, a lost rank, a failed write."""
+
+
+class InterruptError(TrainingError):
+    """Training that SIGINT ended after a step, which is saved. The exit code is a shell's for a signal: 128 + it."""
+
+    exit_code = 128 + 2
+
+
+class TerminateError(InterruptError):
+    """The same of SIGTERM."""
+
+    exit_code = 128 + 15
+
+
+class NotFiniteError(TrainingError):
+    """A loss, weights or optimizer state that are not finite."""

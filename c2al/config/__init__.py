@@ -6,10 +6,17 @@ from c2al.config.judge import BASELINE, Arm, DiscoverConfig, EvaluateConfig, Exp
 from c2al.config.load import dump_config, load_config, parse_config, redacted_config, replace, save_config
 from c2al.config.model import ExpertsConfig, FMConfig, ModelConfig
 from c2al.config.schema import Config
-from c2al.config.train import CheckpointConfig, EarlyStoppingConfig, OptimizerConfig, TrainConfig
+from c2al.config.train import (
+    OF_AUXILIARY_LOSSES,
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "BASELINE",
+    "OF_AUXILIARY_LOSSES",
     "Arm",
     "Axis",
     "CheckpointConfig",

@@ -1,9 +1,9 @@
 """The sections that say what the impressions are: features, axes, splits."""
 
 import dataclasses
-import math
 from typing import Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.config.names import table_name_problem
 from c2al.typed import Problems
 
@@ -115,8 +115,8 @@ class SparseFeature:
     def _table_problems(self) -> Problems:
         if self.dim < 0 or self.dim % 4:
             yield "dim", f"must be a positive multiple of 4, or 0 for model.embedding_dim, is {self.dim}"
-        if self.init_scale < 0 or not math.isfinite(self.init_scale):
-            yield "init_scale", f"must be a number from 0 on, is {self.init_scale}"
+        if not 0 <= self.init_scale <= LARGEST_FACTOR:
+            yield "init_scale", f"must lie in [0, {LARGEST_FACTOR:g}], is {self.init_scale}"
         if self.init == "normal" and not self.init_scale:
             yield "init_scale", "needed by init = 'normal': the standard deviation"
         if self.min_count < 0:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.typed import Problems
 
 MOST_COHORTS = 8192
@@ -94,7 +95,8 @@ class Arm:
     file: str = ""
     """Path of the cohorts.json of cohorts = "file"."""
     draw: int = 0
-    """Number of the draw of cohorts = "random" and "shuffled": another number, other cohorts."""
+    """Number of the draw of cohorts = "random" and "shuffled": another number, another draw. Of few pairs two draws may
+    be the same, and "random" may draw the "least" one; the report says so."""
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that differ from the baseline's, by dotted name: {"train.optimizer.dense_lr" = 0.002}."""
     select: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -171,6 +173,6 @@ class ExperimentConfig:
     def problems(self) -> Problems:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             yield "seeds", f"must be distinct, not negative and not empty, is {list(self.seeds)}"
-        if self.auxiliary_lambda <= 0:
-            yield "auxiliary_lambda", f"must be positive, is {self.auxiliary_lambda}"
+        if not 0 < self.auxiliary_lambda <= LARGEST_FACTOR:
+            yield "auxiliary_lambda", f"must lie in (0, {LARGEST_FACTOR:g}], is {self.auxiliary_lambda}"
         yield from _grid_problems("select", self.select)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.typed import Problems
 
 
@@ -28,8 +29,8 @@ class FMConfig:
             if getattr(self, field) < 1:
                 yield field, f"must be at least 1, is {getattr(self, field)}"
         for field in ("y_l1", "y_l2"):
-            if getattr(self, field) < 0:
-                yield field, f"must not be negative, is {getattr(self, field)}"
+            if not 0 <= getattr(self, field) <= LARGEST_FACTOR:
+                yield field, f"must lie in [0, {LARGEST_FACTOR:g}], is {getattr(self, field)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,13 @@ class ModelConfig:
             yield "fields", f"must not be negative, is {self.fields}"
         if not self.interactions or len(set(self.interactions)) != len(self.interactions):
             yield "interactions", f"must name each module at most once and at least one, is {list(self.interactions)}"
+        for field in ("y_l1", "y_l2"):
+            if getattr(self.fm, field) and "fm_attention" not in self.interactions:
+                yield (
+                    f"fm.{field}",
+                    f"is {getattr(self.fm, field)} without effect: only the interaction 'fm_attention' has a Y, and "
+                    f"interactions is {list(self.interactions)}",
+                )
         yield from self._width_problems()
         if self.attention_heads >= 1 and self.embedding_dim % self.attention_heads:
             yield "attention_heads", f"must divide embedding_dim = {self.embedding_dim}, is {self.attention_heads}"

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+from c2al.config.bounds import LARGEST_FACTOR
 from c2al.typed import Problems
 
 
@@ -91,6 +92,11 @@ class EarlyStoppingConfig:
             yield "min_delta", f"is {self.min_delta} without effect: patience is 0"
 
 
+OF_AUXILIARY_LOSSES = ("combine", "auxiliary_target", "lambda_schedule", "uncertainty_weighting")
+"""Fields of TrainConfig that say how auxiliary losses are made and weighed. Without any they are refused where
+training begins, and not with the configuration: one file serves the baseline and what lambda makes of it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run: C2AL Eq. 4 over the training split."""
@@ -170,9 +176,23 @@ class TrainConfig:
         return self.auxiliary_lambda > 0 or any(value > 0 for value in self.lambdas.values())
 
     @property
+    def cohort_settings(self) -> tuple[str, ...]:
+        """The settings that need cohorts, as one would write them: ("train.cohort_weight = 2.0",)."""
+        lambdas = {f"lambdas.{name}": value for name, value in self.lambdas.items()}
+        weights = {"auxiliary_lambda": self.auxiliary_lambda, **lambdas, "group_dro": self.group_dro}
+        found = [f"train.{name} = {value}" for name, value in weights.items() if value > 0]
+        return (*found, *([f"train.cohort_weight = {self.cohort_weight}"] if self.cohort_weight != 1 else []))
+
+    @property
     def needs_cohorts(self) -> bool:
         """Whether training must know who is in which cohort."""
-        return self.auxiliary or self.cohort_weight != 1 or self.group_dro > 0
+        return bool(self.cohort_settings)
+
+    @property
+    def auxiliary_settings(self) -> dict[str, tuple[Any, Any]]:
+        """Field -> (value, default) of what acts on auxiliary losses alone and is not at its default."""
+        fields = ((f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self))
+        return {n: (value, default) for n, value, default in fields if n in OF_AUXILIARY_LOSSES and value != default}
 
     def lambda_of(self, cohort: str) -> float:
         """lambda of the chosen cohort of that name, before the schedule."""
@@ -188,12 +208,12 @@ class TrainConfig:
                 f"must be a multiple of accumulate = {self.accumulate}: half-summed "
                 f"gradients are not saved; is {self.checkpoint.every_steps}",
             )
-        for field in ("max_steps", "auxiliary_lambda", "eval_every", "y_every", "profile_steps"):
+        for field in ("max_steps", "eval_every", "y_every", "profile_steps"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
         for name, value in self.lambdas.items():
-            if value < 0:
-                yield f"lambdas.{name}", f"must not be negative, is {value}"
+            if not 0 <= value <= LARGEST_FACTOR:
+                yield f"lambdas.{name}", f"must lie in [0, {LARGEST_FACTOR:g}], is {value}"
         if not 0 <= self.ema < 1:
             yield "ema", f"must lie in [0, 1), is {self.ema}"
         if self.early_stopping.patience:
@@ -218,9 +238,9 @@ class TrainConfig:
                 "passes per batch. The tables are updated inside backward, so they would move once per group; "
                 "with one backward it would be another method",
             )
-        for field in ("cohort_weight", "group_dro"):
-            if getattr(self, field) < 0:
-                yield field, f"must not be negative, is {getattr(self, field)}"
+        for field in ("auxiliary_lambda", "cohort_weight", "group_dro"):
+            if not 0 <= getattr(self, field) <= LARGEST_FACTOR:
+                yield field, f"must lie in [0, {LARGEST_FACTOR:g}], is {getattr(self, field)}"
         if self.cohort_weight != 1 and self.group_dro > 0:
             yield "group_dro", f"sets the rows' weights itself, so cohort_weight must be 1, is {self.cohort_weight}"
         if self.uncertainty_weighting and self.lambda_schedule != "constant":

@@ -28,18 +28,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from c2al.data.arrow_types import flat, float32_rounded_down, float64, is_text, plain
-from c2al.data.hashing import hash64, mix64, splitmix64
+from c2al.data.hashing import drawn_share
 from c2al.errors import CohortError
 from c2al.files import write_atomically
 from c2al.state import read_json
 from c2al.text import terminal
-from c2al.typed import INT64, Problems, build
+from c2al.typed import INT64, Problems, build, hint
 
 FORMAT, VERSION = "c2al.cohorts", 2
 """Of cohorts.json; a file of another format or version is refused."""
 
 MOST_COHORTS = 2**20
 """Cohorts of one axis that a file may hold: beyond any axis that is useful, within memory."""
+
+STATISTICS = ("rows", "positives", "positive_rate", "mean_prediction", "calibration", "ne", "undefined")
+"""What discovery writes beside a cohort for people."""
 
 Category = bool | int | str
 
@@ -118,10 +121,11 @@ class CohortSpec:
 
     @classmethod
     def from_json(cls, value: Any, source: str) -> "CohortSpec":
-        """Strict inverse of `to_json`; further keys (a cohort's statistics) are ignored."""
+        """Strict inverse of `to_json`; a cohort's statistics may stand beside it and are not read."""
         named = isinstance(value, dict) and all(_is_name(value.get(key)) for key in ("axis", "name"))
         if not named or not isinstance(value.get("conditions"), list) or not value["conditions"]:
             raise CohortError(f"{source}: a cohort needs 'axis', 'name' and 'conditions', got {_short(value)}")
+        _refuse_unknown(value, ("axis", "name", "conditions", *STATISTICS), f"cohort '{value['name']}'", source)
         conditions = tuple(Condition.from_json(c, source) for c in value["conditions"])
         return cls(axis=value["axis"], name=value["name"], conditions=conditions)
 
@@ -205,7 +209,8 @@ def write_cohorts(path: str | os.PathLike[str], cohorts: Sequence[CohortSpec], r
 def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
     """Reads cohorts.json. Raises CohortError naming the file and what is wrong with it.
 
-    What stands there for people (counts, rates, divergences) is not read and may be anything.
+    What stands there for people (counts, rates, divergences) is not read and may be anything. A key that nobody
+    knows is refused by name: whoever wrote it meant something by it.
     """
     source = str(path)
     tree = read_json(path, CohortError)
@@ -217,6 +222,7 @@ def read_cohorts(path: str | os.PathLike[str]) -> Cohorts:
             f"{source}: format {_short(found[0])}, version {_short(found[1])}; "
             f"this c2al reads {FORMAT!r}, version {VERSION}"
         )
+    _refuse_unknown(tree, ("format", "version", "rows", "positives", "rule", "units", "chosen", "axes"), "", source)
     chosen, axes = tree.get("chosen"), tree.get("axes")
     if not isinstance(chosen, dict) or not _is_name(chosen.get("reason")):
         raise CohortError(f"{source}: 'chosen' is not a section with a 'reason'")
@@ -252,6 +258,9 @@ def _named(tree: dict[str, Any], axes: Sequence[AxisCohorts], source: str) -> tu
 
 def _labelled(tree: dict[str, Any], source: str) -> list[tuple[str, Any]]:
     """(label, cohort) of every chosen cohort."""
+    _refuse_unknown(
+        tree, ("reason", "cohorts") if "cohorts" in tree else ("reason", "head", "tail"), "'chosen'", source
+    )
     if "cohorts" not in tree:
         if not {"head", "tail"} <= tree.keys() or (tree["head"] is None) != (tree["tail"] is None):
             raise CohortError(f"{source}: 'chosen' needs 'cohorts', or head and tail both or neither")
@@ -262,7 +271,7 @@ def _labelled(tree: dict[str, Any], source: str) -> list[tuple[str, Any]]:
     labels = [c.get("label", c.get("name")) for c in cohorts]
     if not all(map(_is_name, labels)):
         raise CohortError(f"{source}: a chosen cohort has no name")
-    return list(zip(labels, cohorts, strict=True))
+    return [(label, {k: v for k, v in c.items() if k != "label"}) for label, c in zip(labels, cohorts, strict=True)]
 
 
 def _axis(tree: Any, source: str) -> AxisCohorts:
@@ -271,6 +280,7 @@ def _axis(tree: Any, source: str) -> AxisCohorts:
     if not isinstance(columns, list) or not all(map(_is_name, columns)) or not isinstance(cohorts, list):
         raise CohortError(f"{source}: an axis needs 'name', 'columns' and 'cohorts', got {_short(tree)}")
     name = tree["name"]
+    _refuse_unknown(tree, ("name", "columns", "cuts", "cohorts", "pairs", "pairs_left_out"), f"axis '{name}'", source)
     if not 0 < len(cohorts) <= MOST_COHORTS:
         raise CohortError(f"{source}: axis '{name}' has {len(cohorts) or 'no'} cohorts")
     if not all(isinstance(c, dict) for c in cohorts):
@@ -284,6 +294,13 @@ def _axis(tree: Any, source: str) -> AxisCohorts:
     if len({frozenset(c.conditions) for c in read}) < len(read):
         raise CohortError(f"{source}: axis '{name}': two cohorts have the same conditions")
     return AxisCohorts(name=name, columns=tuple(columns), cohorts=read)
+
+
+def _refuse_unknown(tree: dict[str, Any], known: Sequence[str], where: str, source: str) -> None:
+    for key in tree.keys() - set(known):
+        at = f"{terminal(where)}: " if where else ""
+        wrong = f"unknown key '{terminal(key)}'{hint(key, known)}; there may be {', '.join(known)}"
+        raise CohortError(f"{source}: {at}{wrong}")
 
 
 def _is_name(value: Any) -> bool:
@@ -358,23 +375,6 @@ def _category_codes(
     lookup = np.array([i for i, _ in categories] + [-1], np.int64)
     codes: npt.NDArray[np.int64] = lookup[pc.fill_null(seen, len(categories)).to_numpy(zero_copy_only=False)]
     return codes
-
-
-DRAW_BUCKETS = 1 << 16
-"""Steps of a random draw: float32 holds their shares exactly."""
-
-
-def drawn_share(values: pa.Array | pa.ChunkedArray, draw: int) -> npt.NDArray[np.float32]:
-    """A number in [0, 1) for each value, random but the same for equal values of any file: float32 (R,).
-
-    It is a hash of the value and of the number of the draw, in DRAW_BUCKETS steps; null becomes NaN.
-    """
-    array = flat(plain(values))
-    valid_R = array.is_valid().to_numpy(zero_copy_only=False)
-    share_R = np.full(len(array), np.nan, np.float32)
-    salt = splitmix64(np.array([draw], np.uint64))  # an array, since numpy warns of a scalar that overflows
-    share_R[valid_R] = (mix64(hash64(array.drop_null()) ^ salt) >> np.uint64(48)) / np.float32(DRAW_BUCKETS)
-    return share_R
 
 
 def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.NDArray[np.float32]:

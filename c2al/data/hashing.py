@@ -1,4 +1,4 @@
-"""The one 64-bit hash: ids of embedding rows, users of the bootstrap, groups of the jackknife.
+"""The one 64-bit hash: ids of embedding rows, users of the bootstrap, groups of the jackknife, random draws.
 
 An id must get the same embedding row in training and in serving, years apart, so no version, platform
 or process changes the hash, and the tests hold values of it.
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from c2al.compiled import compiled
-from c2al.data.arrow_types import is_integral, is_text
+from c2al.data.arrow_types import flat, is_integral, is_text, plain
 
 try:
     import numba
@@ -147,3 +147,20 @@ def _hash_strings_numpy(data: npt.NDArray[np.uint8], offset_V: npt.NDArray[np.in
     for _ in range(4):
         a, b, c, d = _round(a, b, c, d)
     out[:] = mix64(a ^ b ^ c ^ d)
+
+
+DRAW_BUCKETS = 1 << 16
+"""Steps of a random draw: float32 holds their shares exactly."""
+
+
+def drawn_share(values: pa.Array | pa.ChunkedArray, draw: int) -> npt.NDArray[np.float32]:
+    """A number in [0, 1) for each value, random but the same for equal values of any file: float32 (R,).
+
+    It is a hash of the value and of the number of the draw, in DRAW_BUCKETS steps; null becomes NaN.
+    """
+    array = flat(plain(values))
+    valid_R = array.is_valid().to_numpy(zero_copy_only=False)
+    share_R = np.full(len(array), np.nan, np.float32)
+    salt = splitmix64(np.array([draw], np.uint64))  # an array, since numpy warns of a scalar that overflows
+    share_R[valid_R] = (mix64(hash64(array.drop_null()) ^ salt) >> np.uint64(48)) / np.float32(DRAW_BUCKETS)
+    return share_R

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,9 +124,13 @@ def open_dataset(paths: Iterable[str]) -> tuple[File, ...]:
     Raises DataError naming the path that does not exist or matches nothing, the file that is not whole
     Parquet, or all paths if they hold no rows.
     """
+    if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable):
+        raise DataError(f"data set: expected a list of paths, got {paths!r}")
     paths = list(paths)
     if not paths:
         raise DataError("data set: no path is configured")
+    if odd := [p for p in paths if not isinstance(p, str)]:
+        raise DataError(f"data set: expected paths as text, got {odd[0]!r}")
     found = find(paths)
     kinds = _partition_kinds(found)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:

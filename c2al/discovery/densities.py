@@ -14,6 +14,8 @@ from c2al.discovery.histogram import COUNT, POSITIVE, coarse_edges, to_coarse
 from c2al.files import write_atomically
 from c2al.text import csv_text
 
+DENSITIES = "densities.csv"
+
 
 def write_densities(total: Accumulators, document: dict[str, Any], output: Path) -> None:
     """Writes densities.csv; density is per unit of logit(p), bins are 1/16 octave.
@@ -30,7 +32,7 @@ def write_densities(total: Accumulators, document: dict[str, Any], output: Path)
                 edges = [f"{edges_K[k]:.9g}", f"{edges_K[k + 1]:.9g}"]
                 counts = [str(count_K2[k].sum()), str(count_K2[k, POSITIVE])]
                 rows.append([axis, name, *edges, *counts, str(rounded(density_K[k]))])
-    write_atomically(output / "densities.csv", csv_text(rows))
+    write_atomically(output / DENSITIES, csv_text(rows))
 
 
 _Pair = tuple[str, list[tuple[str, npt.NDArray[np.int64]]]]

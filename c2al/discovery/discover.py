@@ -21,12 +21,12 @@ from pathlib import Path, PurePosixPath
 
 from c2al.config import Axis, DataConfig, DiscoverConfig
 from c2al.data.cohorts import Cohorts, read_cohorts
-from c2al.data.identity import FileIdentity, identify
-from c2al.data.scores_folder import COMPLETE, check_marker
-from c2al.data.source import File, open_dataset
+from c2al.data.identity import FileIdentity, differences, identify
+from c2al.data.scores_folder import COMPLETE, check_marker, open_scored
+from c2al.data.source import File
 from c2al.discovery.accumulators import Accumulators
 from c2al.discovery.axes import Columns, Cuts
-from c2al.discovery.densities import write_densities
+from c2al.discovery.densities import DENSITIES, write_densities
 from c2al.discovery.describe import describe, table
 from c2al.discovery.passes import scan
 from c2al.discovery.record import SCAN, ScanRecord, read_record, scan_differences, write_record
@@ -39,7 +39,8 @@ from c2al.typed import hint
 ACCUMULATORS = "accumulators.npz"
 _COHORTS = "cohorts.json"
 _UNFINISHED = "unfinished"
-_OWN = {_COHORTS, ACCUMULATORS, "densities.csv", "densities.svg", "table.txt", "config.toml", SCAN, _UNFINISHED, LOCK}
+_TABLE = "table.txt"
+_OWN = {_COHORTS, ACCUMULATORS, DENSITIES, "densities.svg", _TABLE, "config.toml", SCAN, _UNFINISHED, LOCK}
 """Names that a folder of discovery may hold."""
 
 
@@ -69,7 +70,7 @@ def discover(
     if data.weight and world.rank == 0:
         print(f"discover: every row counts once; data.weight = '{data.weight}' is not used", file=sys.stderr)
     with _writing(output, world):
-        files = world.together(lambda: open_dataset(scores))
+        files = world.together(lambda: open_scored(scores))
         world.once(lambda: _check_markers(files))
         record = ScanRecord(
             axes=tuple(axes),
@@ -166,7 +167,11 @@ def _remove_if_empty(output: Path) -> None:
 
 
 def _is_finished(output: Path, record: ScanRecord) -> bool:
-    """Whether the result of this very command is there; says so. Raises OutputError for that of another."""
+    """Whether the result of this very command is there; says so.
+
+    Raises OutputError for that of another, and for one that has lost a file; CheckpointError for damaged counts,
+    which only a merge would read: whoever hears that all is there need not keep the scores.
+    """
     if not (output / _COHORTS).exists():
         return False
     if not (output / SCAN).exists():
@@ -174,6 +179,18 @@ def _is_finished(output: Path, record: ScanRecord) -> bool:
     found = scan_differences(read_record(output), record)
     if found:
         raise OutputError(f"{output}: holds the result of another command: {'; '.join(found)}; name another --output")
+    whole = "delete the folder, and the same command makes it anew"
+    for name in (DENSITIES, _TABLE):
+        if not (output / name).exists():
+            raise OutputError(f"{output / name}: no such file, though the result is finished; {whole}")
+    try:
+        read_cohorts(output / _COHORTS)
+        counted = _finished_accumulators(output)
+    except (CohortError, CheckpointError) as e:
+        raise type(e)(f"{e}; {whole}") from e
+    same = (counted.axes, counted.columns) == (record.axes, record.columns)
+    if not same or differences(counted.files, record.files):
+        raise CheckpointError(f"{output / ACCUMULATORS}: not of the scan that {SCAN} tells of; {whole}")
     print(f"discover: {output} is finished already, from the same files", file=sys.stderr)
     return True
 
@@ -197,7 +214,7 @@ def _write(total: Accumulators, record: ScanRecord, output: Path) -> None:
     document = describe(total, record.settings)
     save_accumulators(output / ACCUMULATORS, total, None)
     write_densities(total, document, output)
-    write_atomically(output / "table.txt", table(document) + "\n")
+    write_atomically(output / _TABLE, table(document) + "\n")
     write_record(output, record)
     write_atomically(output / _COHORTS, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 

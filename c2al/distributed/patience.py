@@ -8,6 +8,7 @@ error that a rank meets alone is left in the store, too, so that the others can 
 import contextlib
 import json
 import math
+import signal
 import threading
 import time
 import uuid
@@ -37,9 +38,14 @@ _ERROR_SECONDS = 2.0
 
 
 def describe(error: BaseException) -> tuple[str, str]:
-    """(class, message) of an error, for the other ranks. An OSError is described as OutputError."""
+    """(class, message) of an error, for the other ranks.
+
+    An OSError is described as OutputError, and Ctrl-C as an error of ours with the same exit code.
+    """
     if isinstance(error, OSError):
         return "OutputError", f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return ("TerminateError" if signal.SIGTERM in error.args else "InterruptError"), "interrupted"
     return type(error).__name__, str(error) or repr(error)
 
 

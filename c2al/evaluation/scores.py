@@ -16,8 +16,8 @@ from c2al.bins import logit_bins
 from c2al.config import DataConfig
 from c2al.data.arrow_types import decoded, is_text, plain
 from c2al.data.hashing import hash64
-from c2al.data.scores_folder import check_marker
-from c2al.data.source import File, open_dataset
+from c2al.data.scores_folder import check_marker, open_scored
+from c2al.data.source import File
 from c2al.errors import DataError
 from c2al.ne import PROBABILITY_CLIP
 
@@ -77,7 +77,7 @@ def open_scores(path: str, data: DataConfig) -> Scores:
     Raises DataError naming a folder that is not complete, a part that its marker lists otherwise, or a
     column that is missing, there twice or of another type.
     """
-    scores = Scores(path=path, files=open_dataset([path]), row_id=data.row_id, user_id=data.user_id)
+    scores = Scores(path=path, files=open_scored([path]), row_id=data.row_id, user_id=data.user_id)
     for folder, file in {str(PurePosixPath(f.path).parent): f for f in scores.files}.items():
         check_marker(folder, file.filesystem)
     integer = ("an integer", pa.types.is_integer)

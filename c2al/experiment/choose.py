@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.config import Arm, Config, replace
-from c2al.data.cohorts import DRAW_BUCKETS, CohortSpec, Condition, drawn_share, read_cohorts
+from c2al.data.cohorts import CohortSpec, Condition, read_cohorts
+from c2al.data.hashing import DRAW_BUCKETS, drawn_share
 from c2al.data.source import open_dataset
 from c2al.discovery.axes import cohort_spec
 from c2al.discovery.discover import ACCUMULATORS

@@ -93,4 +93,21 @@ def _trials(
 ) -> list[Trial]:
     grid = flat_settings(select)
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [Trial(arm=name, settings=s, config=replace(base, **overrides, **s), cohorts=cohorts) for s in combinations]
+    made = [(s, with_effect(replace(base, **overrides, **s))) for s in combinations]
+    return [Trial(arm=name, settings=s, config=config, cohorts=cohorts) for s, config in made]
+
+
+def with_effect(config: Config) -> Config:
+    """`config`, and where it has no auxiliary loss, without the settings that act on auxiliary losses alone.
+
+    So an experiment's own configuration may set them for its arms, and the baseline trains without them.
+    """
+    if config.train.auxiliary:
+        return config
+    idle = {field: default for field, (_, default) in config.train.auxiliary_settings.items()}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **idle))
+
+
+def arms_base(config: Config, baseline: Trial) -> Config:
+    """What the arms start from: the experiment's configuration with what the baseline selected."""
+    return replace(config, **baseline.settings)

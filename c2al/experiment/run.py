@@ -8,24 +8,22 @@ hosts may work on one folder: each takes what no other one is doing.
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
-from c2al.config import BASELINE, Arm, Config
-from c2al.data.cohorts import read_cohorts
-from c2al.data.schema import check_columns
-from c2al.data.source import open_dataset
+from c2al.config import Config
 from c2al.distributed.process import World
-from c2al.errors import CohortError, ConfigError
+from c2al.errors import CohortError
 from c2al.evaluation.evaluate import evaluate
 from c2al.evaluation.result import COHORT, OVERALL, Evaluation
 from c2al.evaluation.result import Arm as EvaluatedArm
 from c2al.experiment.arms import Discovery, Plan, arm_record, baseline_record, plan_arm, run_discovery, train_arm
 from c2al.experiment.bench import Bench, Share
-from c2al.experiment.folder import SPLITS, claim, start
-from c2al.experiment.plan import Trial, arm_trials, arms_of
-from c2al.nn.methods import check_method
+from c2al.experiment.check import check, check_data
+from c2al.experiment.folder import claim, start
+from c2al.experiment.plan import Trial, arms_base, arms_of
 from c2al.report.html import write_report
-from c2al.report.record import Record, read_record
+from c2al.report.record import Record, read_record, repeated
 from c2al.report.verdict import sentences
 from c2al.serving.export import export
 from c2al.state import read_json
@@ -50,10 +48,13 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     world.once(lambda: start(config, output, command))
     bench = Bench(config, output, world, share)
     trials, selected = bench.baseline()
-    base = trials[selected]
-    discovery = run_discovery(bench, base)
-    plans = [plan_arm(bench, arm, base.config, discovery) for arm in arms_of(config)]
+    discovery = run_discovery(bench, trials[selected])
+    base = arms_base(config, trials[selected])
+    plans = [plan_arm(bench, arm, base, discovery) for arm in arms_of(config)]
     world.together(lambda: _refuse_impossible_minimum(plans))
+    if world.rank == 0:
+        for arm, other in repeated([(p.arm, p.cohorts) for p in plans]).items():
+            print(f"experiment: arm '{arm}' has the same cohorts as arm '{other}'", file=sys.stderr)
     record = _records(bench, trials, plans, discovery)
     if record is None:
         return None
@@ -165,66 +166,3 @@ def evaluate_record(record: Record, config: Config, output: Path) -> Evaluation:
         config.data,
         comparisons=[(arm.name, placebo.name) for arm in treated for placebo in placebos if arm.axis == placebo.axis],
     )
-
-
-def check(config: Config, share: Share) -> None:
-    """Raises ConfigError with every problem of a configuration that is no experiment."""
-    problems = share_problems(share, config)
-    if config.train.auxiliary:
-        problems.append("train.auxiliary_lambda, train.lambdas: must be 0; auxiliary losses are what the arms add")
-    elif config.train.needs_cohorts:
-        problems.append("train.cohort_weight, train.group_dro: the baseline has no cohorts; set them in an arm")
-    problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
-    needs_axes = [a.name for a in arms_of(config) if a.discovers]
-    if needs_axes and not config.axes:
-        problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
-    for arm in arms_of(config):
-        try:
-            trials = arm_trials(arm, config, ())
-            for trial in trials:
-                check_method(trial.config.train.combine)
-            problems += _unused_or_missing_cohorts(arm, trials)
-        except ConfigError as e:
-            problems += [f"arm '{arm.name}': {p}" for p in e.problems]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _unused_or_missing_cohorts(arm: Arm, trials: list[Trial]) -> list[str]:
-    """What training would refuse of the arm, after hours of baselines."""
-    wanted = {t.config.train.needs_cohorts for t in trials}
-    if arm.cohorts == "none" and True in wanted:
-        return [f"arm '{arm.name}': its settings need cohorts; its cohorts = 'none'"]
-    if arm.cohorts != "none" and False in wanted:
-        return [
-            f"arm '{arm.name}': without effect on its cohorts, since lambda is 0 and neither train.cohort_weight nor "
-            "train.group_dro is set, in at least one combination; cohorts = 'none' has none"
-        ]
-    return []
-
-
-def check_data(config: Config) -> None:
-    """Raises DataError when a split lacks a file, a column or a type that any stage needs: before the first step.
-
-    Raises CohortError naming the arm and its cohorts.json when that is missing or damaged.
-    """
-    axes = [a.column for a in config.axes if a.column]
-    given = [column for arm in config.arms if arm.cohorts == "file" for column in _columns_of_file(arm)]
-    for split in SPLITS:
-        carried = axes if split == "test" else [*axes, *given]  # test data are scored, and need no cohorts
-        check_columns(open_dataset(getattr(config.data, split)), config.data, tuple(dict.fromkeys(carried)))
-
-
-def _columns_of_file(arm: Arm) -> list[str]:
-    """Columns of the cohorts in the arm's file. A file that chose none is a finding of the arm, no fault."""
-    try:
-        return [column for cohort in read_cohorts(arm.file).named for column in cohort.columns]
-    except CohortError as e:
-        raise CohortError(f"arm '{arm.name}': {e}") from e
-
-
-def share_problems(share: Share, config: Config) -> list[str]:
-    """What of `share` this experiment does not have."""
-    known, seeds = [BASELINE, *(a.name for a in arms_of(config))], config.experiment.seeds
-    wrong = [f"--arms: no arm is named '{a}'; there are {', '.join(known)}" for a in share.arms if a not in known]
-    return wrong + [f"--seeds: {s} is none of experiment.seeds = {list(seeds)}" for s in share.seeds if s not in seeds]

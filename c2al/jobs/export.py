@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     print(
         f"{args.output / 'model.pt2'}: {proof.rows_compared:,} held-out predictions bit-equal to the training "
-        f"model's primary prediction head; {len(proof.parameters)} parameters, none of them auxiliary"
+        f"model's primary prediction head; {proof.parameter_count:,} parameters, none of them auxiliary"
     )
     for variant, of in proof.variants.items():
         if variant != "float":

@@ -3,12 +3,12 @@
 import math
 from typing import Any
 
-from c2al.config import flat_settings
+from c2al.config import Arm, flat_settings
 from c2al.evaluation.result import COHORT, OVERALL, Difference, Segment
 from c2al.report import figures
 from c2al.report.experiment import Experiment
 from c2al.report.page import between, escaped, figure, number, table, value
-from c2al.report.record import ArmRecord, TrialRecord
+from c2al.report.record import ArmRecord, TrialRecord, repeated
 from c2al.report.verdict import FORM
 
 LAMBDA = "train.auxiliary_lambda"
@@ -23,9 +23,10 @@ _DIFFERENCE = ("NE_diff", "corrected interval", "verdict", "seeds below 0", "see
 
 def section(e: Experiment) -> str:
     overall, baseline = e.evaluation.overall, e.record.baseline
-    rows = []
+    rows, same = [], repeated([(_declared(e, arm), arm.cohorts) for arm in e.record.arms])
     for arm in (baseline, *e.record.arms):
-        about = [_settings(e, arm), "; ".join(arm.cohorts) or "none"]
+        note = f" (the same as those of {same[arm.name]})" if arm.name in same else ""
+        about = [_settings(e, arm), ("; ".join(arm.cohorts) or "none") + note]
         if arm.chosen is None:
             rows.append([arm.name, "–", "–", "not trained: see the verdict", "–", "–", "–", "–", *about])
             continue
@@ -66,10 +67,15 @@ def _against(differences: list[Difference]) -> str:
     return "<h3>Against the placebo</h3>" + table(["arm", "against", *_DIFFERENCE], rows, text=(0, 1, 4))
 
 
+def _declared(e: Experiment, arm: ArmRecord) -> Arm:
+    """As the configuration has it; one without overrides where it has none of that name."""
+    other = Arm(name=arm.name, cohorts=arm.source, axis=arm.axis)  # type: ignore[arg-type]  # a source is a choice
+    return next((a for a in e.config.arms if a.name == arm.name), other)
+
+
 def _settings(e: Experiment, arm: ArmRecord) -> str:
     """What sets the arm's training apart: its overrides, its lambda, what was selected."""
-    declared = next((a for a in e.config.arms if a.name == arm.name), None)
-    settings = flat_settings(declared.overrides) if declared else {}
+    settings = flat_settings(_declared(e, arm).overrides)
     if arm.cohorts and arm.source != "none":
         settings = {LAMBDA: e.config.experiment.auxiliary_lambda, **settings}
     settings |= flat_settings(arm.chosen.settings) if arm.chosen else {}

@@ -1,9 +1,11 @@
 """experiment.json: what an experiment did, for the report and for people."""
 
 import dataclasses
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from c2al.config import Arm
 from c2al.state import read_state, write_state
 
 FILE, FORMAT, VERSION = "experiment.json", "c2al.experiment", 2
@@ -90,6 +92,24 @@ class Record:
 
     def write(self, output: Path) -> None:
         write_state(output / FILE, self, format=FORMAT, version=VERSION)
+
+
+def repeated(arms: Sequence[tuple[Arm, Hashable]]) -> dict[str, str]:
+    """Arm -> an earlier arm that came to the same cohorts in another way; `arms` are all, with their cohorts.
+
+    A random pair may be the least divergent one, and of few pairs two draws may meet. Such arms are one answer and
+    not two. Arms that ask for the same cohorts in the same words share them on purpose and are not among them.
+    """
+    found: dict[str, str] = {}
+    for i, (arm, cohorts) in enumerate(arms):
+        for earlier, others in arms[:i]:
+            if cohorts and cohorts == others and _asked(arm) != _asked(earlier):
+                found.setdefault(arm.name, earlier.name)
+    return found
+
+
+def _asked(arm: Arm) -> tuple[str, str, str, str, int]:
+    return arm.cohorts, arm.axis, arm.keep, arm.file, arm.draw
 
 
 def read_record(output: Path) -> Record:

@@ -5,9 +5,11 @@ Letters: N rows of a table, B rows of a step, F dense features.
 
 import contextlib
 import dataclasses
+import os
 import zipfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +46,12 @@ class Predictor:
         predictor.predict(pa.table({"user_id": [7], "age": [31.0]}))  # numpy float32, one per row
 
     Raises StateError for an artifact that is damaged, incomplete or of another version, ConfigError for
-    a variant that it does not have.
+    a variant that it does not have, and for a folder that is no path.
     """
 
     def __init__(self, folder: str | Path, variant: str = "float"):
+        if not isinstance(folder, str | os.PathLike):
+            raise ConfigError(f"Predictor: expected the path of an artifact, got {type(folder).__name__}")
         self.artifact = read_artifact(Path(folder))
         self.schema: Schema = self.artifact.schema
         self.variant = variant
@@ -66,7 +70,8 @@ class Predictor:
         padded, and gives what `c2al score` gives, bit for bit. A smaller one is computed as it is, so its
         last bits may differ.
 
-        Raises DataError naming `where`, row, column and value for what the features do not allow.
+        Raises DataError naming `where`, row, column and value for what the features do not allow, and for what is
+        no pa.Table (or pa.RecordBatch).
         """
         rows, step = self.encode(table, where), self.schema.batch_size
         step = min(step, len(rows)) or 1
@@ -77,7 +82,7 @@ class Predictor:
 
     def encode(self, table: pa.Table, where: str = "table") -> Rows:
         """The rows as the model takes them. Raises DataError as `predict`."""
-        table = self._with_defaults(table)
+        table = self._with_defaults(_as_table(table, where))
         self.check(where, table.schema)
         columns = {c: readable_column(table[c], c, where) for c in self.columns}
         # An empty column may have no chunk at all.
@@ -131,6 +136,24 @@ class Predictor:
                 rest = [(rows.slice(held - held % size, held), carried.slice(held - held % size))]
         if rest and len(rest[0][0]):
             yield _joined(rest)
+
+
+def _as_table(rows: Any, where: str) -> pa.Table:
+    """`rows` if it is a table; a batch of records as one. Raises DataError that says how to make one of `rows`."""
+    if isinstance(rows, pa.RecordBatch):
+        return pa.Table.from_batches([rows])
+    if isinstance(rows, pa.Table):
+        return rows
+    kind, way_out = type(rows).__name__, ""
+    if isinstance(rows, Mapping):
+        way_out = "; pa.table(...) makes one of columns"
+    elif isinstance(rows, str | os.PathLike):
+        way_out = "; c2al.serving.predict.predict(...) reads files"
+    elif kind == "DataFrame":
+        way_out = "; pa.Table.from_pandas(...) makes one"
+    elif isinstance(rows, list):
+        way_out = "; pa.Table.from_pylist(...) makes one of rows"
+    raise DataError(f"{where}: expected a pyarrow Table, got {kind}{way_out}")
 
 
 @dataclasses.dataclass(frozen=True)

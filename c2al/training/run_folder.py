@@ -38,9 +38,9 @@ from c2al.files import only_writer, output_errors, write_atomically
 from c2al.nn.methods import check_method
 from c2al.text import redacted
 from c2al.training.base_rates import BaseRates, count_base_rates
+from c2al.training.cohort_settings import check_cohort_settings, check_labels
 from c2al.training.inputs import Inputs, check_inputs
 from c2al.training.start_from import Earlier, Start, Started, continued, refuse_another_model
-from c2al.typed import hint
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it:
 # nothing that changes the sequence of weights.
@@ -219,31 +219,14 @@ def _check(path: Path, config: Config, cohorts: Path | None) -> tuple[FileIdenti
     if not config.data.train:
         raise ConfigError("data.train: names no files to train on")
     check_method(config.train.combine)
-    if config.train.auxiliary and cohorts is None:
-        raise ConfigError(
-            "train.auxiliary_lambda, train.lambdas: auxiliary losses need the cohorts; give --cohorts cohorts.json"
-        )
-    if config.train.needs_cohorts and cohorts is None:
-        raise ConfigError("train.cohort_weight, train.group_dro: need the cohorts; give --cohorts cohorts.json")
-    if not config.train.needs_cohorts and cohorts is not None:
-        raise ConfigError(
-            f"{cohorts}: cohorts without effect, since train.auxiliary_lambda and train.lambdas are 0 and neither "
-            "train.cohort_weight nor train.group_dro is set"
-        )
+    check_cohort_settings(config.train, cohorts)
     if (path / "config.toml").exists():
         _refuse_another_config(path, config)
     elif any((path / "checkpoints").glob("step-*")):
         raise ConfigError(f"{path}: holds checkpoints, but no config.toml says of what; give another --output")
     chosen = () if cohorts is None else read_cohorts(cohorts).chosen()
-    labels = [c.label for c in chosen]
-    if unknown := sorted(config.train.lambdas.keys() - set(labels) if chosen else ()):
-        raise ConfigError([f"train.lambdas.{n}: {cohorts} chose {', '.join(labels)}{hint(n, labels)}" for n in unknown])
-    if config.train.uncertainty_weighting and (
-        zero := [label for label in labels if config.train.auxiliary and config.train.lambda_of(label) == 0]
-    ):
-        raise ConfigError(
-            f"train.uncertainty_weighting: a learned weight starts at its lambda, which is 0 of {', '.join(zero)}"
-        )
+    if cohorts is not None:
+        check_labels(config.train, cohorts, [c.label for c in chosen])
     check_inputs(config, chosen)
     return identify(open_dataset(config.data.train))
 
@@ -299,7 +282,7 @@ def _refuse_another_config(path: Path, config: Config) -> None:
     saved = load_config(path / "config.toml")
     # Without schedules no step depends on where training ends, so a run can be made longer.
     train = config.train
-    endless = train.optimizer.decay == "constant" and (train.lambda_schedule == "constant" or not train.auxiliary)
+    endless = train.optimizer.decay == "constant" and train.lambda_schedule == "constant"
     free = (*_FREE, "train.max_steps") if endless else _FREE
     changed = [
         f"{path}: holds a run with {key} = {old!r}, not {new!r}; give another --output"

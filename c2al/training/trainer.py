@@ -20,13 +20,14 @@ from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
 from c2al.distributed.process import World
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
-from c2al.errors import CheckpointError, TrainingError
+from c2al.errors import CheckpointError, NotFiniteError
 from c2al.training.batches import training_batches, training_reader, validation_batches
 from c2al.training.compilation import compile_training, is_compiled
 from c2al.training.diagnostics import UnitRecorder, YRecorder
 from c2al.training.dynamics import Dynamics
 from c2al.training.early_stopping import Waiting
-from c2al.training.interrupt import Interrupt
+from c2al.training.factors import naming_factors
+from c2al.training.interrupt import Interrupt, interruption
 from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
 from c2al.training.model import TrainTask
 from c2al.training.objective import Objective
@@ -62,11 +63,11 @@ def train(
     is. Trained weights are never deleted: only a run that fails before its first step takes its new folder away.
 
     Raises C2ALError: OutputError when another process writes `output`, what `start_run` raises before
-    the first step, TrainingError for a loss that is not finite or an interruption, DataError for a bad
+    the first step, NotFiniteError, InterruptError after a signal, DataError for a bad
     value met in training.
     """
     missing = [p for p in (output, *output.parents) if not p.exists()]
-    with sole_writer(output, world):
+    with sole_writer(output, world), naming_factors(config):
         trainer = None
         try:
             trainer = Trainer(start_run(output, config, cohorts, world, like, start), world)
@@ -130,7 +131,8 @@ class Trainer:
         self.step_loss_T = self.loss_T
         """Task losses of the last step."""
         self._logged = self.step
-        self._stopping = False
+        self._stopping = 0
+        """The signal that ends training after the next optimizer step; 0: none."""
         self.log = world.together(lambda: MetricsLog(run.path, self.step) if world.rank == 0 else None)
         world.together(lambda: save_plan(self.model, run.path / "plan.json") if world.rank == 0 else None)
         if world.rank == 0:
@@ -228,24 +230,24 @@ class Trainer:
         if self.world.size == 1:
             self._stopping = interrupt.received
         elif due or self.step % INTERRUPT_STEPS == 0:
-            told = self.world.all_sum(torch.tensor(float(interrupt.received)))
-            self._stopping = self._stopping or bool(told.item())
+            self._stopping = self._stopping or interrupt.told(self.world)
         # Half-summed gradients are not saved.
-        stop = self._stopping and self.step % train.accumulate == 0 and self.step < self.total
+        stop = bool(self._stopping) and self.step % train.accumulate == 0 and self.step < self.total
         if due or stop:
             self._refuse_nonfinite()
         if stop:
             self._save()
             self.checkpoints.wait()
-            raise TrainingError(f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on")
+            said = f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on"
+            raise interruption(self._stopping, said)
 
     def _refuse_nonfinite(self) -> None:
-        """Raises TrainingError on every rank when a loss since the last log line is not finite on any."""
+        """Raises NotFiniteError on every rank when a loss since the last log line is not finite on any."""
         bad = self.world.all_sum(torch.tensor(float(not self.loss_T.isfinite().all()))).item()
         if bad:
             self.checkpoints.wait()
             kept = self.saved.latest()
-            raise TrainingError(
+            raise NotFiniteError(
                 f"{self.run.path}: the loss is not finite at a step from {self._logged + 1} to {self.step} (on "
                 f"{bad:.0f} of {self.world.size} ranks); "
                 + (f"the last good checkpoint is {kept}" if kept else "there is no checkpoint before it")

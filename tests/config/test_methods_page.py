@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from c2al.config import TrainConfig, parse_config, replace
+from c2al.config import ModelConfig, TrainConfig, parse_config, replace
+from c2al.experiment.bench import Share
+from c2al.experiment.check import check
 from c2al.nn.methods import Method
 from impressions import tree
 
@@ -33,6 +35,17 @@ def test_the_arms_on_the_page_are_valid_and_name_every_method():
     assert used == known - {"selective-groups"}
     page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in page for name in used)
+    encoders = {arm.overrides.get("model.encoder", "shared-bottom") for arm in config.arms}
+    assert encoders == set(typing.get_type_hints(ModelConfig)["encoder"].__args__)
+    assert any(arm.overrides.get("model.wide") for arm in config.arms)
+    check(config, Share())  # as an experiment is checked, before its first training
+
+
+def test_the_configurations_of_the_published_experiments_are_still_experiments():
+    for path in sorted((ROOT / "docs/results").glob("*.toml")):
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "data" in tree:
+            check(parse_config(tree), Share())
 
 
 def test_the_method_of_contributing_works():

@@ -211,6 +211,54 @@ def test_damaged_or_foreign_files_are_refused_by_name(tmp_path, text):
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def put(tree, where, key):
+    """`tree` with an unknown key in the object at `where`."""
+    copy = json.loads(json.dumps(tree))
+    node = copy
+    for step in where:
+        node = node[step]
+    node[key] = 1
+    return copy
+
+
+AS_LIST = {
+    "reason": "r",
+    "cohorts": [{"label": "a", "axis": "tab", "name": "1", "conditions": [{"column": "tab", "equals": 1}]}],
+}
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize(
+    ("where", "key", "words"),
+    [
+        ((), "choosen", "unknown key 'choosen'; did you mean 'chosen'"),
+        (("chosen",), "lambdas", "'chosen': unknown key 'lambdas'; there may be reason, "),
+        (("chosen",), "third", "'chosen': unknown key 'third'"),
+        (("axes", 0), "colums", "axis 'tab': unknown key 'colums'; did you mean 'columns'"),
+        (("axes", 0, "cohorts", 1), "weight", "cohort 'null': unknown key 'weight'"),
+        (("axes", 0, "cohorts", 0, "conditions", 0), "uper", "uper: unknown key; did you mean 'upper'"),
+    ],
+)
+def test_a_key_that_nobody_knows_is_refused_by_name_wherever_it_stands(tmp_path, where, key, words, as_list):
+    tree = document(chosen=AS_LIST) if as_list else document()
+    read_cohorts(written(tmp_path, tree))
+    path = written(tmp_path, put(tree, where, key))
+    with pytest.raises(CohortError, match=words) as caught:
+        read_cohorts(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_an_unknown_key_of_a_chosen_cohort_and_a_pair_beside_a_list_are_refused(tmp_path):
+    for tree, words in (
+        (put(document(), ("chosen", "tail"), "lambda"), "cohort 'null': unknown key 'lambda'"),
+        (put(document(), ("chosen", "tail"), "label"), "cohort 'null': unknown key 'label'"),
+        (put(document(chosen=AS_LIST), ("chosen", "cohorts", 0), "lambda"), "cohort '1': unknown key 'lambda'"),
+        (document(chosen={**AS_LIST, "head": AS_LIST["cohorts"][0]}), "'chosen': unknown key 'head'"),
+    ):
+        with pytest.raises(CohortError, match=words):
+            read_cohorts(written(tmp_path, tree))
+
+
 def test_bytes_that_are_not_utf_8_are_refused_by_name(tmp_path):
     path = tmp_path / "cohorts.json"
     path.write_bytes(b'{"format": "\xff"}')

@@ -8,7 +8,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from c2al.data.scores_folder import COMPLETE, check_marker, write_marker
+from c2al.data.scores_folder import COMPLETE, check_marker, open_scored, write_marker
 from c2al.errors import DataError
 
 
@@ -94,8 +94,30 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_lost_or_foreign_is_named(folder, change):
     message = change(folder)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
         check_marker(folder)
+    way_out = (
+        "move it away" if change is add_a_part else f"; delete the folder {folder} and make it again (`c2al score`"
+    )
+    assert way_out in str(caught.value)
+
+
+def lose_every_part(folder: Path) -> str:
+    for part in folder.glob("part-*"):
+        part.unlink()
+    return r"part-00000.parquet: missing"
+
+
+@pytest.mark.parametrize("change", [truncate, lose_every_part])
+def test_scores_that_cannot_even_be_opened_say_what_to_do(folder, change):
+    message = change(folder)
+    with pytest.raises(DataError, match=f"{message}.*; delete the folder"):
+        open_scored([str(folder)])
+
+
+def test_what_is_no_folder_of_scores_is_refused_as_any_data(tmp_path):
+    with pytest.raises(DataError, match=r"no such file or folder$"):
+        open_scored([str(tmp_path / "nowhere")])
 
 
 def test_a_marker_without_format_lists_no_parts(folder):

@@ -193,15 +193,17 @@ def lost_in_a_long_job(port: int, how: str) -> tuple[str, str, int, float]:
                     return
                 raise OSError(28, "No space left on device", "/full/statistics.json")
 
+            if rank == 0 and how.isdecimal():
+                raise KeyboardInterrupt(int(how))
             if rank == 0 and how == "alone":
                 raise DataError("part-3.parquet: column 'age' has a null")
             if rank == 1 and how == "other killed":
                 world.together(lambda: os._exit(9))
             world.once(work)
-    except C2ALError as e:
+    except (C2ALError, KeyboardInterrupt) as e:
         if rank == 0:
             time.sleep(1)  # the file store of the test goes with the first process
-        return type(e).__name__, str(e), e.exit_code, time.monotonic() - start
+        return type(e).__name__, str(e), getattr(e, "exit_code", 0), time.monotonic() - start
     return "nothing", "", 0, 0.0
 
 
@@ -228,6 +230,13 @@ def test_an_error_that_one_rank_meets_alone_is_the_error_of_those_that_wait():
     assert first[:3] == ("DataError", "part-3.parquet: column 'age' has a null", DataError.exit_code)
     assert second[:3] == ("DataError", f"rank 0: {first[1]}", DataError.exit_code)
     assert second[3] < 30
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(2, "InterruptError", 130), (15, "TerminateError", 143)])
+def test_ranks_that_wait_for_one_that_a_signal_ends_have_its_exit_code(number, name, code):
+    first, second = run_ranks(lost_in_a_long_job, 2, free_port(), str(number))
+    assert first[0] == "KeyboardInterrupt"
+    assert second[:3] == (name, "rank 0: interrupted", code)
 
 
 def error_beside_long_work(port: int) -> tuple[str, float]:

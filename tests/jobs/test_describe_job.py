@@ -187,6 +187,13 @@ def test_the_command_says_it_for_a_config_its_arms_and_a_run(config, world, tmp_
         encoding="utf-8"
     ) == f"2 auxiliary cohorts\n{describe(config, 2).table()}\n"
 
+    # What export says of the same run is the same count.
+    capsys.readouterr()
+    words = ["--run", str(tmp_path / "run"), "--data", *config.data.test, "--output", str(tmp_path / "artifact")]
+    assert main(["export", *words]) == 0
+    served = describe(config, 2).totals[3].parameters
+    assert f" {served:,} parameters, none of them auxiliary" in capsys.readouterr().out
+
 
 @pytest.mark.parametrize(
     ("words", "message"),

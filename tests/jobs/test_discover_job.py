@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import duckdb
@@ -294,6 +296,56 @@ def test_other_cuts_cannot_be_merged(result, tmp_path, capsys):
     assert "--cuts" in message
     assert main(["discover", "--merge", str(result), str(tmp_path), "--output", str(tmp_path / "m")]) == 2
     assert "accumulators.npz: not the accumulators" in capsys.readouterr().err
+
+
+def without_last_array(path: Path) -> None:
+    """Still a zip, still with a head."""
+    with zipfile.ZipFile(path) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist()[:-1]}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in kept.items():
+            archive.writestr(name, content)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = {
+    "half of the counts": ("accumulators.npz", lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2])),
+    "one bit of the counts": ("accumulators.npz", flipped),
+    "an array of the counts": ("accumulators.npz", without_last_array),
+    "no counts": ("accumulators.npz", Path.unlink),
+    "no densities": ("densities.csv", Path.unlink),
+    "no table": ("table.txt", Path.unlink),
+    "half of the record": ("scan.json", lambda p: p.write_text(p.read_text()[:100])),
+    "half of the cohorts": ("cohorts.json", lambda p: p.write_text(p.read_text()[:100])),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_finished_result_that_was_damaged_is_not_called_finished(data, result, tmp_path, capsys, damage):
+    name, spoil = DAMAGES[damage]
+    shutil.copytree(result, tmp_path / "out")
+    assert run(tmp_path, data)[0] == 0
+    assert "is finished already" in capsys.readouterr().err
+    spoil(tmp_path / "out" / name)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")}
+    assert run(tmp_path, data)[0] == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / name}: " in said
+    assert "is finished already" not in said
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")} == before
+
+
+def test_the_counts_of_another_scan_are_not_this_results(data, result, tmp_path, capsys):
+    shutil.copytree(result, tmp_path / "out")
+    _, other = run(tmp_path / "other", write(tmp_path / "day", impressions(3_000, seed=1)))
+    shutil.copy(other / "accumulators.npz", tmp_path / "out")
+    assert run(tmp_path, data)[0] == 2
+    assert "accumulators.npz: not of the scan that scan.json tells of; delete the folder" in capsys.readouterr().err
 
 
 def test_a_local_s3_server_serves_the_same_bytes(data, result, tmp_path, monkeypatch):

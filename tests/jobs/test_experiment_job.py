@@ -305,7 +305,7 @@ def test_a_signal_during_the_last_step_of_a_training_ends_the_experiment(tmp_pat
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_evaluate", evaluate_under_a_signal)
-        assert main(words(tmp_path)) == 130
+        assert main(words(tmp_path)) == 128 + number
     assert "interrupted" in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "trainings").glob("*/seed_*"))) == 1
     assert main(words(tmp_path)) == 0
@@ -442,6 +442,27 @@ def test_an_arm_takes_its_cohorts_from_its_own_axis(on_axes):
             ], "the sizes of its own axis's pair"
     for name in ("items_random", "items_least"):
         assert {c.conditions for c in pairs[name]} != {c.conditions for c in pairs["items"]}
+
+
+def test_arms_that_come_to_the_same_cohorts_in_other_words_are_named(on_axes, tmp_path, capsys):
+    """Three arms draw from the two pairs that are left of three, so two of them meet."""
+    shutil.copytree(on_axes, tmp_path / "x")
+    config = load_config(tmp_path / "x" / "c.toml")
+    arms = (*config.arms, Arm(name="items_again", axis="items", cohorts="random", draw=1))
+    save_config(dataclasses.replace(config, arms=arms), tmp_path / "x" / "c.toml")
+    assert main(words(tmp_path / "x")) == 0
+    record = read_record(tmp_path / "x" / "out")
+    pairs = {arm.name: arm.cohorts for arm in record.arms}
+    names = ["items_random", "items_least", "items_again"]
+    first = {name: next(n for n in names if pairs[n] == pairs[name]) for name in names}
+    met = {name: earlier for name, earlier in first.items() if name != earlier}
+    assert met
+    said = capsys.readouterr().err
+    page = (tmp_path / "x" / "out" / "report.html").read_text().replace("<wbr>", "")
+    assert said.count("has the same cohorts as") == page.count("(the same as those of ") == len(met)
+    for name, earlier in met.items():
+        assert f"experiment: arm '{name}' has the same cohorts as arm '{earlier}'\n" in said
+        assert f"(the same as those of {earlier})" in page
 
 
 def test_the_choice_on_an_axis_is_corrected_for_the_pairs_of_that_axis_and_scans_nothing_again(on_axes):

@@ -1,6 +1,9 @@
 """`c2al train` as users launch it on several ranks: torchrun, gloo, real processes."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +75,37 @@ def test_a_nonfinite_loss_ends_every_rank_within_a_minute(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("the loss is not finite") >= 2, done.stderr
     assert time.monotonic() - start < 60
+
+
+def children(process: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_gives_the_exit_code_that_a_shell_gives_it(tmp_path, ranks, number):
+    """One rank is told; all save the same step and end alike, and the same command goes on."""
+    endless = {"train.epochs": 10_000, "train.log_every": 5, "train.checkpoint.every_steps": 5}
+    save_config(replace(splits(tmp_path), **endless), tmp_path / "c.toml")
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    job = ["-m", "c2al", "train", "--config", str(tmp_path / "c.toml"), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, *runner, *job], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    os.kill(children(process.pid)[-1] if runner else process.pid, number)
+    _, said = process.communicate(timeout=60)
+    steps = re.findall(r"c2al train: .*: interrupted; step (\d+) is saved, the same command goes on", said)
+    assert len(steps) == ranks, said
+    assert len(set(steps)) == 1
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step-*{steps[0]}"))
+    if runner:
+        # torchrun's own code is 1 whatever its workers' are; it names that of the first.
+        assert re.findall(r"exitcode +: (-?\d+)", said)[-1] == str(128 + number), said
+    else:
+        assert process.returncode == 128 + number
 
 
 def fitted(paths: list[str], data: DataConfig) -> tuple[str, int]:

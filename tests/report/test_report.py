@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from c2al.config import parse_config, save_config
+from c2al.config import Arm, parse_config, save_config
 from c2al.errors import C2ALError
 from c2al.evaluation.result import Segment, read_evaluation
 from c2al.experiment.run import evaluate_record
@@ -21,7 +21,7 @@ from c2al.nn.interactions import StaticY, YSource
 from c2al.report.dynamics import y_differences
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
-from c2al.report.record import ArmRecord, Record, TrialRecord, read_record
+from c2al.report.record import ArmRecord, Record, TrialRecord, read_record, repeated
 from c2al.report.verdict import harmed, sentence
 from c2al.training.diagnostics import YRecorder
 
@@ -217,6 +217,22 @@ def make_experiment(
     record = Record(seeds=seeds, discovery=discovery, finding="", baseline=baseline, arms=tuple(others))
     record.write(folder)
     evaluate_record(record, config, folder)
+
+
+def test_arms_that_share_their_cohorts_on_purpose_are_no_repetition():
+    """Methods are compared on one pair; only another question with the same answer is worth a word."""
+    pair, other = (1, 2), (1, 3)
+    asked = [
+        (Arm(name="c2al"), pair),
+        (Arm(name="pcgrad", overrides={"train.combine": "pcgrad-feat"}), pair),
+        (Arm(name="on_tab", axis="tab"), pair),
+        (Arm(name="random", cohorts="random"), other),
+        (Arm(name="again", cohorts="random", draw=1), other),
+        (Arm(name="least", cohorts="least"), other),
+        (Arm(name="nothing", cohorts="random", draw=2), ()),
+        (Arm(name="plain", cohorts="none"), ()),
+    ]
+    assert repeated(asked) == {"on_tab": "c2al", "again": "random", "least": "random"}
 
 
 class Page(html.parser.HTMLParser):

@@ -227,6 +227,44 @@ def test_bad_rows_are_refused_by_file_column_and_value(served, predictor, raw, t
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, "table: expected a pyarrow Table, got NoneType"),
+        ({"age": [31.0]}, "table: expected a pyarrow Table, got dict; pa.table"),
+        ("rows.parquet", "table: expected a pyarrow Table, got str; c2al.serving.predict.predict"),
+        (Path("rows.parquet"), "table: expected a pyarrow Table, got PosixPath; c2al.serving.predict.predict"),
+        ([{"age": 31.0}], "table: expected a pyarrow Table, got list; pa.Table.from_pylist"),
+        (np.zeros((2, 3)), "table: expected a pyarrow Table, got ndarray"),
+        (7, "table: expected a pyarrow Table, got int"),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_what_is_no_table_is_refused_in_a_word(predictor, rows, said):
+    for method in (predictor.predict, predictor.encode):
+        with pytest.raises(DataError) as caught:
+            method(rows)
+        assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("folder", [None, {}, 7])
+def test_an_artifact_that_is_no_path_is_refused_in_a_word(folder):
+    with pytest.raises(ConfigError, match=f"expected the path of an artifact, got {type(folder).__name__}$"):
+        Predictor(folder)
+
+
+@pytest.mark.parametrize("data", [None, "rows.parquet", Path("rows.parquet"), 7, [None], [Path("rows.parquet")]])
+def test_data_that_is_no_list_of_paths_is_refused_in_a_word(predictor, tmp_path, data):
+    with pytest.raises(DataError, match=r"^data set: expected .*(None|rows\.parquet|7)"):
+        predict(predictor, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_of_records_is_a_table(predictor, raw):
+    few = raw.slice(0, 5)
+    assert np.array_equal(predictor.predict(few.to_batches()[0]), predictor.predict(few))
+
+
 def flipped(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

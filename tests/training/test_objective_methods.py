@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 
 from c2al.config import parse_config, replace, save_config
 from c2al.distributed.process import process_group
-from c2al.errors import ConfigError
+from c2al.errors import ConfigError, TrainingError
 from c2al.experiment.bench import Share
-from c2al.experiment.run import check
+from c2al.experiment.check import check
+from c2al.experiment.plan import arm_trials, arms_base, baseline_trials
 from c2al.serving.export import export
 from c2al.training.model import C2ALModel
 from c2al.training.objective import Objective
@@ -112,7 +114,7 @@ def test_uncertainty_weighting_by_hand():
     [
         ({"combine": "pcgrad"}, r"train\.combine: 'pcgrad' is none of .*; did you mean 'pcgrad-feat'"),
         ({"combine": "selective-groups"}, r"train\.combine: selective .* several backward passes"),
-        ({"cohort_weight": -1.0}, r"train\.cohort_weight: must not be negative, is -1"),
+        ({"cohort_weight": -1.0}, r"train\.cohort_weight: must lie in \[0, 1e\+06\], is -1"),
         ({"group_dro": 0.1, "cohort_weight": 2.0}, r"train\.group_dro: .* cohort_weight must be 1, is 2"),
         (
             {"uncertainty_weighting": True, "lambda_schedule": "warmup"},
@@ -184,13 +186,162 @@ def test_weight_change_is_measured_from_the_seeds_own_weights(config, tmp_path):
 
 def test_cohorts_that_a_method_needs_or_that_nothing_needs_are_named(config, tmp_path):
     with process_group(config.dist) as world:
-        with pytest.raises(ConfigError, match=r"train\.cohort_weight, train\.group_dro: need the cohorts"):
+        with pytest.raises(ConfigError, match=r"^train\.group_dro = 0\.1: needs the cohorts"):
             train(replace(config, **{"train.group_dro": 0.1}), tmp_path / "run", world)
         with pytest.raises(ConfigError, match=r"cohorts without effect"):
             train(config, tmp_path / "run", world, write_cohorts(tmp_path / "cohorts.json"))
         learned = {"train.uncertainty_weighting": True, "train.lambdas": {"head": 0.3}}
         with pytest.raises(ConfigError, match=r"train\.uncertainty_weighting: .* 0 of tail"):
             train(replace(config, **learned), tmp_path / "run", world, tmp_path / "cohorts.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"train.cohort_weight": 2.0}, "train.cohort_weight = 2.0: needs the cohorts"),
+        ({"train.lambdas": {"head": 0.1, "tail": 0.0}}, "train.lambdas.head = 0.1: needs the cohorts"),
+        (
+            {"train.auxiliary_lambda": 0.3, "train.group_dro": 0.1},
+            "train.auxiliary_lambda = 0.3, train.group_dro = 0.1: need the cohorts",
+        ),
+    ],
+)
+def test_a_message_about_missing_cohorts_names_what_is_set_and_nothing_else(config, tmp_path, settings, named):
+    with process_group(config.dist) as world, pytest.raises(ConfigError) as caught:
+        train(replace(config, **settings), tmp_path / "run", world)
+    assert str(caught.value) == f"{named}; give --cohorts cohorts.json"
+    assert not (tmp_path / "run").exists()
+
+
+IDLE = [
+    ("combine", "'gradvac-feat'", "'sum'"),
+    ("auxiliary_target", "'membership'", "'label'"),
+    ("lambda_schedule", "'warmup'", "'constant'"),
+    ("uncertainty_weighting", "true", "false"),
+]
+
+
+def value_of(text: str) -> object:
+    return text == "true" if text in ("true", "false") else text.strip("'")
+
+
+@pytest.mark.parametrize(("field", "value", "default"), IDLE)
+@pytest.mark.parametrize("cohorts", [False, True])
+def test_a_setting_of_auxiliary_losses_is_refused_where_there_are_none(
+    config, tmp_path, field, value, default, cohorts
+):
+    """With cohorts that another setting needs, and without any."""
+    own = replace(config, **{f"train.{field}": value_of(value), **({"train.cohort_weight": 2.0} if cohorts else {})})
+    given = write_cohorts(tmp_path / "cohorts.json") if cohorts else None
+    with process_group(config.dist) as world, pytest.raises(ConfigError) as caught:
+        train(own, tmp_path / "run", world, given)
+    assert str(caught.value) == (
+        f"train.{field}: is {value}, but there is no auxiliary loss for it to act on, since train.auxiliary_lambda and "
+        f"train.lambdas are 0; set one of them, or train.{field} = {default}"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lambda_that_is_0_of_every_chosen_cohort_is_refused(config, tmp_path):
+    own = {"train.auxiliary_lambda": 0.3, "train.lambdas": {"head": 0.0, "tail": 0.0}, "train.combine": "gradvac-feat"}
+    with (
+        process_group(config.dist) as world,
+        pytest.raises(ConfigError, match=r"train\.lambdas: .* is 0 \(head, tail\)"),
+    ):
+        train(replace(config, **own), tmp_path / "run", world, write_cohorts(tmp_path / "cohorts.json"))
+
+
+LARGE = {
+    "train.cohort_weight": 1e6,
+    "train.auxiliary_lambda": 1e6,
+    "train.lambdas.tail": 1e6,
+    "train.group_dro": 1e6,
+    "model.fm.y_l1": 1e6,
+    "model.fm.y_l2": 1e6,
+    "experiment.auxiliary_lambda": 1e6,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_factor_of_the_loss_that_no_float32_bears_is_refused_and_the_largest_one_trains(config, tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}: must lie in .0, 1e\+06\], is 1e\+30"):
+        replace(config, **{name: 1e30})
+    own = replace(config, **{name: LARGE[name], "train.max_steps": 3})
+    needed = write_cohorts(tmp_path / "cohorts.json") if own.train.needs_cohorts else None
+    with process_group(config.dist) as world:
+        train(own, tmp_path / "run", world, needed)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*3"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.optimizer.dense_lr": 1e30}, "train.optimizer.dense_lr = 1e+30"),
+        ({"train.optimizer.weight_decay": 1e30}, "train.optimizer.weight_decay = 1e+30"),
+        (
+            {"train.optimizer.sparse_lr": 1e30, "train.cohort_weight": 2.0, "train.log_every": 1},
+            "train.cohort_weight = 2.0, train.optimizer.sparse_lr = 1e+30",
+        ),
+    ],
+)
+def test_what_is_not_finite_names_the_settings_it_may_come_from(config, tmp_path, changes, named):
+    own = replace(config, **changes)
+    needed = write_cohorts(tmp_path / "cohorts.json") if own.train.needs_cohorts else None
+    with process_group(config.dist) as world, pytest.raises(TrainingError, match="not finite") as caught:
+        train(own, tmp_path / "run", world, needed)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["y_l1", "y_l2"])
+def test_a_penalty_on_y_is_refused_where_no_interaction_has_a_y(config, field):
+    without = {"model.interactions": ("linear", "cross")}
+    assert replace(config, **without)
+    with pytest.raises(ConfigError, match=rf"model\.fm\.{field}: is 0\.1 without effect: .*'fm_attention'"):
+        replace(config, **without, **{f"model.fm.{field}": 0.1})
+
+
+@pytest.mark.parametrize(("field", "value", "default"), IDLE)
+def test_an_experiment_refuses_settings_of_auxiliary_losses_that_nothing_uses(config, field, value, default):
+    """Before hours of baselines, and wherever they stand: in the experiment's own section, its select or an arm."""
+    key, set_ = f"train.{field}", value_of(value)
+    none = {"name": "plain", "cohorts": "none"}
+    weighted = {"name": "w", "overrides": {"train.auxiliary_lambda": 0.0, "train.cohort_weight": 2.0}}
+    for arms, settings, said in (
+        ([none], {key: set_}, rf"{key}: is {value}, but no arm has an auxiliary loss"),
+        ([none, weighted], {key: set_}, rf"{key}: is {value}, but no arm has an auxiliary loss"),
+        ([{**none, "overrides": {key: set_}}], {}, rf"arm 'plain': {key}: there is no auxiliary loss .* = 'none'"),
+        ([{**none, "select": {key: [set_, value_of(default)]}}], {}, rf"arm 'plain': {key}: there is no auxiliary"),
+        (
+            [{**weighted, "overrides": {**weighted["overrides"], key: set_}}],
+            {},
+            rf"arm 'w': {key}: there is no auxiliary loss .* lambda is 0",
+        ),
+        ([{"name": "c2al"}], {"experiment.select": {key: [set_]}}, rf"experiment\.select: '{key}' is without effect"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{said}"):
+            check(replace(config, arms=arms, **settings), Share())
+    check(replace(config, arms=[none, {"name": "c2al"}], **{key: set_}), Share())
+
+
+def test_what_an_experiment_sets_for_its_arms_does_not_touch_what_has_no_auxiliary_loss(config):
+    """The baseline and an arm without cohorts train as if it was not set, in the same folders."""
+    set_ = {f"train.{field}": value_of(value) for field, value, _ in IDLE if field != "lambda_schedule"}
+    own = replace(config, arms=[{"name": "c2al"}, {"name": "plain", "cohorts": "none"}], **set_)
+    c2al, plain = own.arms
+    (baseline,), (as_ever,) = baseline_trials(own), baseline_trials(config)
+    assert baseline.name == as_ever.name
+    assert baseline.config.train == config.train
+    base = arms_base(own, baseline)
+    (trial,) = arm_trials(c2al, base, ())
+    assert {name: getattr(trial.config.train, name.removeprefix("train.")) for name in set_} == set_
+    assert [t.config.train for t in arm_trials(plain, base, ())] == [config.train]
+
+
+def test_what_the_baseline_would_select_in_vain_is_refused(config):
+    with pytest.raises(
+        ConfigError, match=r"^experiment\.select: train\.cohort_weight = 2\.0: the baseline has no cohorts"
+    ):
+        check(replace(config, **{"experiment.select": {"train.cohort_weight": [1.0, 2.0]}}), Share())
 
 
 def test_a_method_whose_library_is_missing_ends_with_2_and_writes_nothing(config, tmp_path):
@@ -211,7 +362,7 @@ def test_an_experiment_says_at_its_start_what_its_arms_cannot_train(config, monk
     arms = [{"name": "pcgrad", "cohorts": "chosen", "overrides": {"train.combine": "pcgrad-feat"}}]
     with pytest.raises(ConfigError, match=r"arm 'pcgrad': train\.combine: 'pcgrad-feat' needs TorchJD"):
         check(replace(config, arms=arms), Share())
-    with pytest.raises(ConfigError, match=r"train\.cohort_weight, train\.group_dro: the baseline has no cohorts"):
+    with pytest.raises(ConfigError, match=r"^train\.cohort_weight = 2\.0: the baseline has no cohorts"):
         check(replace(config, **{"train.cohort_weight": 2.0}), Share())
 
 

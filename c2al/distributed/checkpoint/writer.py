@@ -30,7 +30,7 @@ from c2al.distributed.checkpoint.state import column_blocks_of, not_finite, save
 from c2al.distributed.checkpoint.storage import RawWriter, file_name
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.process import CLOSE_SECONDS, World
-from c2al.errors import C2ALError, CheckpointError, TrainingError
+from c2al.errors import C2ALError, CheckpointError, NotFiniteError
 
 
 class CheckpointWriter:
@@ -98,7 +98,7 @@ class CheckpointWriter:
         it holds. A write that is still going on is awaited first.
         A step that is already there keeps its tensors, since the run is at the same place. It gets the
         new `extra`, and the new `ne` if there is one.
-        Raises CheckpointError, and TrainingError where something is not finite.
+        Raises CheckpointError, and NotFiniteError where something is not finite.
         """
         self.wait()
         self._world.together(lambda: self._check(step, loss, extra))
@@ -175,10 +175,10 @@ class CheckpointWriter:
         if names := not_finite(state):
             raise self._refusal(step, f"values of {', '.join(names)} are not finite")
 
-    def _refusal(self, step: int, reason: str) -> TrainingError:
+    def _refusal(self, step: int, reason: str) -> NotFiniteError:
         good, _ = finished(self._directory)
         before = f"the last good checkpoint is {good[-1][0]}" if good else "there is no checkpoint before it"
-        return TrainingError(f"{self._directory}: step {step} is not saved: {reason}; {before}")
+        return NotFiniteError(f"{self._directory}: step {step} is not saved: {reason}; {before}")
 
     def _once(self, action: Callable[[], Any]) -> Any:
         """Runs `action` on rank 0 and gives all ranks its result, or its failure as a CheckpointError."""
