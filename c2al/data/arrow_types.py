@@ -120,8 +120,17 @@ def float64(array: pa.Array) -> npt.NDArray[np.float64]:
     """
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.uint8())
-    x: npt.NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return x
+    return numbers(array.cast(pa.float64(), safe=False))
+
+
+def numbers(array: pa.Array) -> npt.NDArray[Any]:
+    """(N,) integers or floats; where none is null, Arrow's own memory, not to be written to.
+
+    pyarrow's `to_numpy` imports pandas.
+    """
+    if array.null_count or pa.types.is_boolean(array.type):
+        return array.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    return np.from_dlpack(array)
 
 
 def float32_rounded_down(array: pa.Array) -> npt.NDArray[np.float32]:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from c2al.config import SparseFeature
-from c2al.data.arrow_types import flat, float64, is_list, is_text
-from c2al.data.hashing import hash64
+from c2al.data.arrow_types import flat, float64, is_list, is_text, numbers
+from c2al.data.hashing import hash64, hashed_rows
 from c2al.data.rows import Floats, Ints, offsets_of
 from c2al.data.values import row_of
 from c2al.errors import DataError
@@ -50,13 +50,17 @@ class SparseColumn:
         return SparseColumn(by_distinct(leaf), bounds, True, valid_N)
 
     @functools.cached_property
-    def hash_V(self) -> npt.NDArray[np.uint64]:
-        return hash64(self.leaf)
+    def distinct_hash(self) -> npt.NDArray[np.uint64]:
+        """Hash of each distinct string."""
+        return hash64(self.leaf.dictionary)
 
     def rows_V(self, feature: SparseFeature, where: str) -> Ints:
         """(V,) embedding row of each single value with encoding "hash" or "identity", before admission."""
         if feature.encoding == "hash":
-            return (self.hash_V % np.uint64(feature.num_embeddings)).view(np.int64)
+            if not pa.types.is_dictionary(self.leaf.type):
+                return hashed_rows(self.leaf, feature.num_embeddings)
+            of_entry = (self.distinct_hash % np.uint64(feature.num_embeddings)).view(np.int64)
+            return of_entry.take(numbers(self.leaf.indices))
         return identity_rows(self.leaf, feature, where, None if self.bounds is None else self.bounds[1:])
 
 
@@ -67,7 +71,7 @@ def by_distinct(leaf: pa.Array) -> pa.Array:
 
 def identity_rows(leaf: pa.Array, feature: SparseFeature, where: str, ends_N: Ints | None) -> Ints:
     """(V,) the integers themselves."""
-    values: npt.NDArray[np.integer] = leaf.to_numpy(zero_copy_only=False)
+    values: npt.NDArray[np.integer] = numbers(leaf)
     bad = (values < 0) | (values >= feature.num_embeddings)
     if bad.any():
         at = int(np.flatnonzero(bad)[0])

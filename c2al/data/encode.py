@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
-from c2al.data.arrow_types import canonical, category, flat
+from c2al.data.arrow_types import canonical, category, flat, numbers
 from c2al.data.cohorts import CohortSpec
 from c2al.data.columns import SparseColumn, weighted_column
 from c2al.data.rows import Floats, Ints, Jagged, Rows, gather
@@ -89,16 +89,22 @@ class Encoder:
         columns = {
             c: SparseColumn.of(flat(table[c])) for c in {f.column for f in data.sparse if not f.edges and not f.weights}
         }
+        single = tuple(
+            i for i, f in enumerate(data.sparse) if f.edges or (not f.weights and columns[f.column].bounds is None)
+        )
+        single_KN, jagged = np.empty((len(single), rows), dtype=np.int64), {}
+        for i, f in enumerate(data.sparse):
+            if f.edges:
+                single_KN[single.index(i)] = buckets(flat(table[f.column]), f, where)
+            elif i in single:
+                single_KN[single.index(i)] = self._embedding_rows(columns[f.column], f, where)
+            else:
+                jagged[i] = self._weighted(table, f, where) if f.weights else self._sparse(columns[f.column], f, where)
         return Rows(
             dense_NF,
-            tuple(
-                Jagged(buckets(flat(table[f.column]), f, where), None)
-                if f.encoding == "bucketise"
-                else self._weighted(table, f, where)
-                if f.weights
-                else self._sparse(columns[f.column], f, where)
-                for f in data.sparse
-            ),
+            single,
+            single_KN,
+            jagged,
             labels(table[data.label], data.label, where) if self._labelled else np.zeros(rows, np.float32),
             weights(table[data.weight], data.weight, where)
             if data.weight and self._labelled
@@ -114,7 +120,8 @@ class Encoder:
             if transform == "standardise":
                 moments = self._moments[feature.column]
                 # A column that did not vary in training says nothing, whatever it holds now.
-                x = (x - moments.mean) / moments.std if moments.std else np.zeros_like(x)
+                x = x - moments.mean if moments.std else np.zeros_like(x)
+                x /= moments.std or 1.0
             else:
                 x = TRANSFORMS[transform](x)
         with np.errstate(over="ignore"):
@@ -125,8 +132,7 @@ class Encoder:
     def _sparse(self, column: SparseColumn, feature: SparseFeature, where: str) -> Jagged:
         """Embedding rows of every row's values, cut to the feature's max_length."""
         values_V = self._embedding_rows(column, feature, where)
-        if column.bounds is None:
-            return Jagged(values_V, None)
+        assert column.bounds is not None
         starts_N, stops_N = column.bounds[:-1], column.bounds[1:]
         if not column.is_list:
             return Jagged(values_V, column.bounds)
@@ -157,7 +163,7 @@ class Encoder:
         if not pa.types.is_dictionary(column.leaf.type):
             return _look_up(vocabulary_values(column.leaf, feature.column, where, ends_N), vocabulary, feature, where)
         of_entry = _look_up(canonical(column.leaf.dictionary), vocabulary, feature, where)
-        return np.asarray(of_entry[column.leaf.indices.to_numpy(zero_copy_only=False)])
+        return of_entry.take(numbers(column.leaf.indices))
 
 
 def _vocabulary(feature: SparseFeature, statistics: Statistics) -> pa.Array:

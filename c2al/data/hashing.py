@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from c2al.compiled import compiled
-from c2al.data.arrow_types import flat, is_integral, is_text, plain
+from c2al.data.arrow_types import flat, is_integral, is_text, numbers, plain
 
 try:
     import numba
@@ -51,7 +51,7 @@ def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
     """
     if pa.types.is_dictionary(values.type):
         of_entry = hash64(values.dictionary)
-        return np.asarray(of_entry[values.indices.to_numpy(zero_copy_only=False)])
+        return of_entry.take(numbers(values.indices))
     out = np.empty(len(values), np.uint64)
     if is_text(values.type):
         text = values.cast(pa.large_binary())
@@ -62,12 +62,25 @@ def hash64(values: pa.Array) -> npt.NDArray[np.uint64]:
         return out
     if not is_integral(values.type):
         raise TypeError(f"{values.type} has no hash")
-    bits = values if pa.types.is_uint64(values.type) else values.cast(pa.int64())
-    words = bits.to_numpy(zero_copy_only=False).view(np.uint64)
+    word_V = _words(values)
     if numba is None:
-        return np.asarray(splitmix64(words))
-    _hash_words(words, out)
+        return np.asarray(splitmix64(word_V))
+    _hash_words(word_V, out)
     return out
+
+
+def hashed_rows(values: pa.Array, rows: int) -> npt.NDArray[np.int64]:
+    """(V,) `hash64` of integers or bools, modulo the rows of an embedding table, in one pass."""
+    if numba is None:
+        return (hash64(values) % np.uint64(rows)).view(np.int64)
+    out = np.empty(len(values), np.uint64)
+    _hash_words_modulo(_words(values), np.uint64(rows), out)
+    return out.view(np.int64)
+
+
+def _words(values: pa.Array) -> npt.NDArray[np.uint64]:
+    """(V,) the 64 bits of integers or bools."""
+    return numbers(values if pa.types.is_uint64(values.type) else values.cast(pa.int64())).view(np.uint64)
 
 
 _splitmix64 = compiled()(splitmix64)
@@ -78,6 +91,24 @@ _mix64 = compiled()(mix64)
 def _hash_words(word_V, out):  # type: ignore[no-untyped-def]
     for i in range(len(word_V)):
         out[i] = _splitmix64(word_V[i])
+
+
+@compiled()
+def _hash_words_modulo(word_V, modulus, out):  # type: ignore[no-untyped-def]
+    """The quotient is the upper half of a product with floor((2^64 - 1) / modulus), which is exact or 1 too small.
+
+    The processor's own division takes longer than all the rest.
+    """
+    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    inverse = np.uint64(0xFFFFFFFFFFFFFFFF) // modulus
+    c, d = inverse & low, inverse >> half
+    for i in range(len(word_V)):
+        x = _splitmix64(word_V[i])
+        a, b = x & low, x >> half
+        bc = b * c + ((a * c) >> half)
+        ad = a * d + (bc & low)
+        rest = x - (b * d + (bc >> half) + (ad >> half)) * modulus
+        out[i] = rest - modulus if rest >= modulus else rest
 
 
 @compiled()

@@ -4,6 +4,7 @@ Letters: N rows, F dense features, V values of a sparse feature over the rows.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Jagged:
 
     def take(self, index_N: Ints) -> "Jagged":
         if self.offsets is None:
-            return Jagged(self.values_V[index_N], None)
+            return Jagged(self.values_V.take(index_N), None)
         return gather(self.values_V, self.offsets[index_N], self.offsets[index_N + 1], self.weights_V)
 
     @staticmethod
@@ -76,8 +77,12 @@ class Rows:
     """N encoded rows, column by column."""
 
     dense_NF: Floats
-    sparse: tuple[Jagged, ...]
-    """One per sparse feature, in config order."""
+    single: tuple[int, ...]
+    """Positions in the config of the sparse features with exactly one value in every row, as most have; ascending."""
+    single_KN: Ints
+    """Their embedding rows. Rows are cut, permuted and joined for all of them at once."""
+    jagged: dict[int, Jagged]
+    """Position -> the other sparse features."""
     label_N: Floats
     weight_N: Floats
     member_NC: Floats
@@ -86,10 +91,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label_N)
 
+    @property
+    def sparse(self) -> tuple[Jagged, ...]:
+        """Every sparse feature, in config order."""
+        features = {i: Jagged(self.single_KN[k], None) for k, i in enumerate(self.single)} | self.jagged
+        return tuple(features[i] for i in sorted(features))
+
     def slice(self, start: int, stop: int) -> "Rows":
         return Rows(
             self.dense_NF[start:stop],
-            tuple(j.slice(start, stop) for j in self.sparse),
+            self.single,
+            self.single_KN[:, start:stop],
+            {i: j.slice(start, stop) for i, j in self.jagged.items()},
             self.label_N[start:stop],
             self.weight_N[start:stop],
             self.member_NC[start:stop],
@@ -98,11 +111,13 @@ class Rows:
 
     def take(self, index_N: Ints) -> "Rows":
         return Rows(
-            self.dense_NF[index_N],
-            tuple(j.take(index_N) for j in self.sparse),
-            self.label_N[index_N],
-            self.weight_N[index_N],
-            self.member_NC[index_N],
+            self.dense_NF.take(index_N, axis=0),
+            self.single,
+            self.single_KN.take(index_N, axis=1),
+            {i: j.take(index_N) for i, j in self.jagged.items()},
+            self.label_N.take(index_N),
+            self.weight_N.take(index_N),
+            self.member_NC.take(index_N, axis=0),
             None if self.carried is None else self.carried.take(pa.array(index_N)),
         )
 
@@ -111,15 +126,35 @@ class Rows:
         """All rows of one or more parts, in order."""
         if len(parts) == 1:
             return parts[0]
+        parts = alike(parts)
         tables = [p.carried for p in parts if p.carried is not None]
         return Rows(
             np.concatenate([p.dense_NF for p in parts]),
-            tuple(Jagged.concat(js) for js in zip(*(p.sparse for p in parts), strict=True)),
+            parts[0].single,
+            np.concatenate([p.single_KN for p in parts], axis=1),
+            {i: Jagged.concat([p.jagged[i] for p in parts]) for i in parts[0].jagged},
             np.concatenate([p.label_N for p in parts]),
             np.concatenate([p.weight_N for p in parts]),
             np.concatenate([p.member_NC for p in parts]),
             pa.concat_tables(tables) if tables else None,
         )
+
+
+def alike(parts: Sequence[Rows]) -> Sequence[Rows]:
+    """The parts with the same features in `single`: a column may have one value per row in some row groups only."""
+    if all(p.single == parts[0].single for p in parts):
+        return parts
+    common = set(parts[0].single).intersection(*(p.single for p in parts))
+    return [_with_single(p, tuple(sorted(common))) for p in parts]
+
+
+def _with_single(rows: Rows, single: tuple[int, ...]) -> Rows:
+    """The rows with no more features than these in `single`."""
+    at = {i: k for k, i in enumerate(rows.single)}
+    moved = {i: Jagged(rows.single_KN[k], None) for i, k in at.items() if i not in single}
+    return dataclasses.replace(
+        rows, single=single, single_KN=rows.single_KN[[at[i] for i in single]], jagged=rows.jagged | moved
+    )
 
 
 Arrays = npt.NDArray[Any]
@@ -139,7 +174,8 @@ def model_inputs(parts: Sequence[Rows], data: DataConfig, size: int) -> tuple[Ar
 
 def own_and_weighted(data: DataConfig) -> tuple[list[int], list[int]]:
     """Positions of the sparse features whose table has no weights, and of the others."""
-    weighted = [i for i, f in enumerate(data.sparse) if f.table_name in data.weighted_tables]
+    tables = data.weighted_tables
+    weighted = [i for i, f in enumerate(data.sparse) if f.table_name in tables]
     return [i for i in range(len(data.sparse)) if i not in weighted], weighted
 
 
@@ -147,24 +183,38 @@ def jagged_inputs(
     parts: Sequence[Rows], features: Sequence[int], size: int, weighted: bool = False
 ) -> tuple[Arrays, ...]:
     """int64 values, int32 lengths (features * B), and if `weighted` float32 weights, of the features there."""
-    lengths_KB = np.zeros((len(features), size), dtype=np.int32)
-    values, weights = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
-    for key, feature in enumerate(features):
-        at = 0
-        for part in parts:
-            jagged = part.sparse[feature]
-            lengths_KB[key, at : at + len(part)] = 1 if jagged.offsets is None else np.diff(jagged.offsets)
-            values.append(jagged.values_V)
-            if weighted:
-                # Ones that take no memory of their own.
-                ones_V = np.broadcast_to(np.float32(1), len(jagged.values_V))
-                weights.append(ones_V if jagged.weights_V is None else jagged.weights_V)
-            at += len(part)
-    return np.concatenate(values), lengths_KB.reshape(-1), *([np.concatenate(weights)] if weighted else [])
+    parts = alike(parts)
+    real = sum(len(p) for p in parts)
+    row_of = {i: k for k, i in enumerate(parts[0].single)}
+    count = sum(real if i in row_of else sum(len(p.jagged[i].values_V) for p in parts) for i in features)
+    values, lengths_KB = np.empty(count, np.int64), np.zeros((len(features), size), np.int32)
+    weights = np.ones(count if weighted else 0, np.float32)
+    at = 0
+    # Neighbours that are neighbours in single_KN too are copied together.
+    for shift, run in itertools.groupby(enumerate(features), lambda e: row_of[e[1]] - e[0] if e[1] in row_of else None):
+        keys, positions = zip(*run, strict=True)
+        if shift is not None:
+            first, last = row_of[positions[0]], row_of[positions[-1]]
+            stop = at + len(keys) * real
+            out_KR = values[at:stop].reshape(len(keys), real)
+            np.concatenate([p.single_KN[first : last + 1] for p in parts], axis=1, out=out_KR)
+            lengths_KB[keys[0] : keys[-1] + 1, :real] = 1
+            at = stop
+            continue
+        for key, feature in zip(keys, positions, strict=True):
+            jagged = Jagged.concat([p.jagged[feature] for p in parts])
+            stop = at + len(jagged.values_V)
+            values[at:stop] = jagged.values_V
+            lengths_KB[key, :real] = jagged.lengths()
+            if weighted and jagged.weights_V is not None:
+                weights[at:stop] = jagged.weights_V
+            at = stop
+    return values, lengths_KB.reshape(-1), *([weights] if weighted else [])
 
 
 def padded(parts: Sequence[Floats], real: int, size: int) -> Floats:
     """The arrays one after another, `real` rows in all, with rows of zeros up to `size`."""
-    out = np.zeros((size, *parts[0].shape[1:]), dtype=np.float32)
+    out = np.empty((size, *parts[0].shape[1:]), dtype=np.float32)
     np.concatenate(parts, out=out[:real])
+    out[real:] = 0
     return out

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from c2al.config import DenseFeature, SparseFeature
-from c2al.data.arrow_types import canonical, flat, float64, is_integral, is_list
+from c2al.data.arrow_types import canonical, flat, float64, is_integral, is_list, numbers
 from c2al.data.rows import Floats, Ints
 from c2al.errors import DataError
 
 
 def log1p(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """sign(x) * log(1 + |x|)."""
-    return np.copysign(np.log1p(np.abs(x)), x)
+    y = np.abs(x)
+    np.log1p(y, out=y)
+    return np.copysign(y, x, out=y)
 
 
 TRANSFORMS = {"log1p": log1p}
@@ -73,8 +75,7 @@ def weights(column: pa.ChunkedArray, name: str, where: str) -> Floats:
 def _numbers(column: pa.ChunkedArray, name: str, where: str) -> npt.NDArray[np.generic]:
     array = flat(column)
     refuse_null(array, name, where)
-    numbers: npt.NDArray[np.generic] = array.to_numpy(zero_copy_only=False)
-    return numbers
+    return numbers(array)
 
 
 def identifiers(column: pa.ChunkedArray, name: str, where: str, is_row_id: bool) -> None:
