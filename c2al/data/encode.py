@@ -86,25 +86,9 @@ class Encoder:
         member_NC = np.zeros((rows, len(self._cohorts)), dtype=np.float32)
         for i, spec in enumerate(self._cohorts):
             member_NC[:, i] = spec.membership(table)
-        columns = {
-            c: SparseColumn.of(flat(table[c])) for c in {f.column for f in data.sparse if not f.edges and not f.weights}
-        }
-        single = tuple(
-            i for i, f in enumerate(data.sparse) if f.edges or (not f.weights and columns[f.column].bounds is None)
-        )
-        single_KN, jagged = np.empty((len(single), rows), dtype=np.int64), {}
-        for i, f in enumerate(data.sparse):
-            if f.edges:
-                single_KN[single.index(i)] = buckets(flat(table[f.column]), f, where)
-            elif i in single:
-                single_KN[single.index(i)] = self._embedding_rows(columns[f.column], f, where)
-            else:
-                jagged[i] = self._weighted(table, f, where) if f.weights else self._sparse(columns[f.column], f, where)
         return Rows(
             dense_NF,
-            single,
-            single_KN,
-            jagged,
+            *self._features(table, where),
             labels(table[data.label], data.label, where) if self._labelled else np.zeros(rows, np.float32),
             weights(table[data.weight], data.weight, where)
             if data.weight and self._labelled
@@ -128,6 +112,30 @@ class Encoder:
             x32 = x.astype(np.float32)
         refuse(~np.isfinite(x32), x, f"'{feature.column}' after its transforms", "too large for float32", where)
         return x32
+
+    def _features(self, table: pa.Table, where: str) -> tuple[tuple[int, ...], Ints, dict[int, Jagged]]:
+        """`single`, `single_KN` and `jagged` of Rows."""
+        features = self._data.sparse
+        columns = {
+            c: SparseColumn.of(flat(table[c])) for c in {f.column for f in features if not f.edges and not f.weights}
+        }
+        single = tuple(
+            i
+            for i, f in enumerate(features)
+            if f.encoding == "bucketise" or (not f.weights and columns[f.column].bounds is None)
+        )
+        single_KN, jagged = np.empty((len(single), table.num_rows), dtype=np.int64), dict[int, Jagged]()
+        rows = iter(single_KN)
+        for i, f in enumerate(features):
+            if f.encoding == "bucketise":
+                next(rows)[:] = buckets(flat(table[f.column]), f, where)
+            elif f.weights:
+                jagged[i] = self._weighted(table, f, where)
+            elif columns[f.column].bounds is None:
+                next(rows)[:] = self._embedding_rows(columns[f.column], f, where)
+            else:
+                jagged[i] = self._sparse(columns[f.column], f, where)
+        return single, single_KN, jagged
 
     def _sparse(self, column: SparseColumn, feature: SparseFeature, where: str) -> Jagged:
         """Embedding rows of every row's values, cut to the feature's max_length."""

@@ -10,7 +10,7 @@ import pytest
 
 from c2al.config import DataConfig, DenseFeature, SparseFeature
 from c2al.data.encode import Encoder
-from c2al.data.hashing import hash64
+from c2al.data.hashing import hash64, hashed_rows
 from c2al.data.parquet import BatchReader
 from c2al.data.statistics import Moments, Statistics, fit_statistics
 from c2al.data.values import leaves
@@ -393,6 +393,14 @@ def test_a_column_that_varies_in_its_last_bits_only_is_constant_and_a_narrow_one
     fitted = statistics_of(tmp_path, data, table)
     assert fitted.moments["x"].std == 0.0
     assert fitted.moments["y"].std == pytest.approx(5e-7, rel=1e-2)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 1_000_000, 2**31 - 1, 2**32, 2**32 + 1, 2**33 + 7, 2**53 - 111, 2**63 - 25])
+def test_an_embedding_row_is_the_hash_modulo_the_rows_of_its_table(rows):
+    values = [*range(-300, 300), -(2**63), 2**63 - 1]
+    assert hashed_rows(pa.array(values), rows).tolist() == [splitmix64(v & MASK) % rows for v in values]
+    assert hashed_rows(pa.array([2**64 - 1], pa.uint64()), rows).tolist() == [splitmix64(MASK) % rows]
+    assert hashed_rows(pa.array([], pa.int8()), rows).tolist() == []
 
 
 def test_features_of_one_column_share_its_hash():

@@ -132,6 +132,44 @@ def test_rows_keep_their_values(tmp_path):
         ] == [[int(v)] * min(v % 5, 3) for v in i]
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_column_may_have_one_value_per_row_in_some_row_groups_only(tmp_path, shuffle):
+    """`hole` has nulls in the second half only, so that batches join row groups of both kinds."""
+    n = 400
+    table = pa.table(
+        {
+            "row_id": np.arange(n),
+            "label": np.zeros(n, np.int8),
+            **{c: np.arange(n) + 1000 * k for k, c in enumerate("abc")},
+            "hole": pa.array([None if i >= n // 2 and i % 3 == 0 else i for i in range(n)]),
+            "bag": pa.array([[i] * (i % 4) for i in range(n)]),
+            "weight": pa.array([[i / 2] * (i % 4) for i in range(n)]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=50)
+    options = {"encoding": "identity", "num_embeddings": 10_000}
+    keys = ("a", "hole", "b", "w", "shared", "c")
+    sparse = [SparseFeature(column=c, **options) for c in ("a", "hole", "b")]
+    sparse.append(SparseFeature(column="bag", name="w", weights="weight", table="w", max_length=3, **options))
+    sparse += [SparseFeature(column="hole", name="shared", table="w", **options), SparseFeature(column="c", **options)]
+    data = DataConfig(sparse=tuple(sparse), shuffle_rows=128)
+    seen = []
+    for batch in reader((str(tmp_path),), data, shuffle=shuffle, batch_size=32):
+        index = ids(batch)
+        seen += index
+        hole = [[i] if i < n // 2 or i % 3 else [] for i in index]
+        bags = {"hole": hole, "shared": hole, "w": [[i] * (i % 4) for i in index]}
+        bags |= {c: [[i + 1000 * k] for i in index] for k, c in enumerate("abc")}
+        for tensor, own in ((batch.sparse, ("a", "hole", "b", "c")), (batch.weighted, ("w", "shared"))):
+            assert tensor.keys() == [k for k in keys if k in own]
+            assert tensor.values().tolist() == [v for k in own for bag in bags[k] for v in bag]
+            empty = [0] * (len(batch.label_B) - len(index))
+            assert tensor.lengths().tolist() == [v for k in own for v in [*map(len, bags[k]), *empty]]
+        weights = [v / 2 for bag in bags["w"] for v in bag] + [1.0 for bag in hole for _ in bag]
+        assert batch.weighted.weights().tolist() == weights
+    assert sorted(seen) == list(range(n))
+
+
 def test_padding_is_last_and_empty(tmp_path):
     paths = write(tmp_path / "d", [21])
     last = list(reader(paths))[-1]

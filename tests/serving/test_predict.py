@@ -142,6 +142,7 @@ def test_the_hash_has_the_same_bits_without_numba(tmp_path):
         pa.array([True, False]),
     ]
     compiled = [hashing.hash64(a).tolist() for a in arrays]
+    compiled += [hashing.hashed_rows(a, 1_000_003).tolist() for a in arrays[-3:]]
     code = f"""
 import sys, json
 sys.modules["numba"] = None
@@ -149,7 +150,8 @@ import pyarrow as pa
 from c2al.data import hashing
 assert hashing.numba is None
 read = [pa.ipc.open_stream({str(tmp_path)!r} + f"/{{i}}").read_all()["a"].chunk(0) for i in range({len(arrays)})]
-print(json.dumps([hashing.hash64(a).tolist() for a in read]))
+rows = [hashing.hashed_rows(a, 1_000_003).tolist() for a in read[-3:]]
+print(json.dumps([hashing.hash64(a).tolist() for a in read] + rows))
 """
     for i, array in enumerate(arrays):
         batch = pa.RecordBatch.from_arrays([array], ["a"])
