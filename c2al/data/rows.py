@@ -110,10 +110,16 @@ class Rows:
         )
 
     def take(self, index_N: Ints) -> "Rows":
+        """The rows at these positions of 0 to N - 1."""
+        single_KN = np.empty((len(self.single), len(index_N)), np.int64)
+        for out_N, row_N in zip(single_KN, self.single_KN, strict=True):
+            # All features at once would be copied first wherever these rows are cut from others; so would
+            # the result in mode "raise".
+            row_N.take(index_N, out=out_N, mode="clip")
         return Rows(
             self.dense_NF.take(index_N, axis=0),
             self.single,
-            self.single_KN.take(index_N, axis=1),
+            single_KN,
             {i: j.take(index_N) for i, j in self.jagged.items()},
             self.label_N.take(index_N),
             self.weight_N.take(index_N),
