@@ -6,11 +6,11 @@ V sums and R replicates of the bootstrap.
 Three passes over the score folders, all streaming: the first checks that the runs are scores of the same
 rows and fills logit histograms (for AUC), the second resamples users, the third takes AUCs within users.
 Memory does not grow with the rows: a pass holds one row group of each run and what `MEMORY` allows.
-Segments beyond that are evaluated in further rounds of passes.
+Segments beyond that are evaluated in further rounds of passes, users beyond it go through temporary files.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +171,7 @@ def _round(
             main_NA = np.where(b.segment_NA < main, b.segment_NA, np.int32(-1))
             bootstrap.resample_pairs(b.user_N, b.item_N, main_NA, b.label_N, b.weight_N, b.loss_NJ, stream, pairs_GVR)
     grouped_GVR = np.zeros((groups, 1 + len(runs), config.replicates + 1))
-    for user_U, segment_U, sum_UV in _user_aucs(read, runs[0].rows, segments.axes, len(runs)):
+    for user_U, segment_U, sum_UV in _user_aucs(read(), runs[0].rows, segments.axes, len(runs)):
         bootstrap.resample_sums(user_U, segment_U, sum_UV, stream, grouped_GVR)
     return [
         SegmentSums(
@@ -188,17 +188,9 @@ def _round(
     ]
 
 
-def _user_aucs(read: Callable[[], Iterator[Block]], rows: int, axes: int, runs: int) -> Iterator[grouped.UserSums]:
-    """AUC sums of every user, a share of the users at a time, so that the rows of a share fit MEMORY.
-
-    A user's rows lie anywhere in the files: each share reads all of them and keeps its own users' rows.
-    """
-    # Twice what is kept, since it is joined, and the sort keys.
-    shares = math.ceil(rows * (2 * (17 + 4 * axes + 8 * runs) + 48) / MEMORY)
-    for share in range(shares):
-        kept = []
-        for b in read():
-            own_N = b.user_N % np.uint64(shares) == share
-            columns = (b.user_N, b.segment_NA, b.label_N, b.weight_N, b.prediction_NJ)
-            kept.append(columns if shares == 1 else [c[own_N] for c in columns])
-        yield grouped.user_aucs(*(np.concatenate(column) for column in zip(*kept, strict=True)))
+def _user_aucs(blocks: Iterator[Block], rows: int, axes: int, runs: int) -> Iterator[grouped.UserSums]:
+    """AUC sums of every user, a share of the users at a time, so that the rows of a share fit MEMORY."""
+    parts = ((b.user_N, b.segment_NA, b.label_N, b.weight_N, b.prediction_NJ) for b in blocks)
+    count = max(1, math.ceil(rows * grouped.bytes_per_row(axes, runs) / MEMORY))
+    for share in grouped.shares(parts, axes, runs, count):
+        yield grouped.user_aucs(*share)

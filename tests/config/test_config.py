@@ -138,7 +138,8 @@ def sparse(**feature) -> dict:
 
 
 def test_names_that_torch_refuses_for_a_table_are_refused_with_the_way_out():
-    torch_has = dir(nn.ModuleDict())
+    # torch.compile leaves a mark with three underscores on nn.Module, which a fresh process does not have.
+    torch_has = [n for n in dir(nn.ModuleDict()) if not n.startswith("___")]
     assert {n for n in torch_has if not n.startswith("__")} == TAKEN, "c2al/config/names.py is of another torch"
     for name in [*torch_has, "user.id"]:
         with pytest.raises(KeyError):

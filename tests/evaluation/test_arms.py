@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from c2al.errors import ConfigError, DataError, OutputError
 from c2al.evaluation import evaluate as library
 from c2al.evaluation.bootstrap import poisson_weights, resample_pairs
 from c2al.evaluation.evaluate import arm, evaluate
-from c2al.evaluation.grouped import user_aucs
+from c2al.evaluation.grouped import shares, user_aucs
 from c2al.evaluation.intervals import Spread
 from c2al.evaluation.judge import judgement
 from c2al.evaluation.result import Arm, read_evaluation
@@ -183,6 +184,27 @@ def test_user_aucs_of_no_rows():
     none = np.zeros(0)
     found = user_aucs(none.astype(np.uint64), np.zeros((0, 1), np.int32), none.astype(np.uint8), none, np.zeros((0, 2)))
     assert [len(x) for x in found] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_shares_hold_every_row_once_in_order_and_leave_no_file(count: int, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rng, parts, reads = np.random.default_rng(0), [], []
+    for rows in (50, 0, 31):
+        user_N = rng.integers(0, 12, rows).astype(np.uint64)
+        columns = (user_N, rng.integers(-1, 4, (rows, 2)).astype(np.int32), rng.integers(0, 2, rows).astype(np.uint8))
+        parts.append((*columns, rng.random(rows), rng.random((rows, 3))))
+    blocks = (reads.append(i) or part for i, part in enumerate(parts))  # each part can be had once
+    whole = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    found = list(shares(blocks, axes=2, runs=3, count=count))
+    assert len(found) == count
+    for share, columns in enumerate(found):
+        own_N = whole[0] % np.uint64(count) == share
+        for column, expected in zip(columns, whole, strict=True):
+            assert column.dtype == expected.dtype
+            np.testing.assert_array_equal(column, expected[own_N])
+    assert reads == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_memory_bounds_change_no_number(scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
