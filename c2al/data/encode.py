@@ -125,16 +125,14 @@ class Encoder:
             if f.encoding == "bucketise" or (not f.weights and columns[f.column].bounds is None)
         )
         single_KN, jagged = np.empty((len(single), table.num_rows), dtype=np.int64), dict[int, Jagged]()
-        rows = iter(single_KN)
+        row_of = dict(zip(single, single_KN, strict=True))
         for i, f in enumerate(features):
-            if f.encoding == "bucketise":
-                next(rows)[:] = buckets(flat(table[f.column]), f, where)
-            elif f.weights:
-                jagged[i] = self._weighted(table, f, where)
-            elif columns[f.column].bounds is None:
-                next(rows)[:] = self._embedding_rows(columns[f.column], f, where)
+            if i not in row_of:
+                jagged[i] = self._weighted(table, f, where) if f.weights else self._sparse(columns[f.column], f, where)
+            elif f.encoding == "bucketise":
+                row_of[i][:] = buckets(flat(table[f.column]), f, where)
             else:
-                jagged[i] = self._sparse(columns[f.column], f, where)
+                row_of[i][:] = self._embedding_rows(columns[f.column], f, where)
         return single, single_KN, jagged
 
     def _sparse(self, column: SparseColumn, feature: SparseFeature, where: str) -> Jagged:

@@ -28,20 +28,21 @@ def shares(parts: Iterable[UserRows], axes: int, runs: int, count: int) -> Itera
     """All rows of a `count`-th of the users, then those of the next, each in the order of `parts`.
 
     A user's rows lie anywhere in the files. With more than one share the rows go into a temporary file per share, so
-    the scores are read once: 17 + 4 A + 8 J bytes per row, in the folder that TMPDIR names.
+    the scores are read once: 17 + 4 A + 8 J bytes per row, in Python's folder for such files (TMPDIR, where it is one).
 
-    Raises OutputError where that folder is full or cannot be written.
+    Raises OutputError where that folder is full, OSError where there is none.
     """
     if count == 1:
         yield _joined(list(parts))
         return
-    fields = [("u8", ()), ("i4", (axes,)), ("u1", ()), ("f8", ()), ("f8", (runs,))]
-    row = np.dtype([(f"f{i}", kind, shape) for i, (kind, shape) in enumerate(fields)])
+    names = ("user", "segment", "label", "weight", "prediction")
+    shapes = (("u8", ()), ("i4", (axes,)), ("u1", ()), ("f8", ()), ("f8", (runs,)))
+    row = np.dtype([(name, *shape) for name, shape in zip(names, shapes, strict=True)])
     with tempfile.TemporaryDirectory(prefix="c2al-evaluate-") as folder:
         paths = [Path(folder) / f"users-{share}" for share in range(count)]
         for columns in parts:
             record_N = np.empty(len(columns[0]), row)
-            for name, column in zip(record_N.dtype.fields or (), columns, strict=True):
+            for name, column in zip(names, columns, strict=True):
                 record_N[name] = column
             share_N = (columns[0] % np.uint64(count)).astype(np.int64)
             record_N = record_N[np.argsort(share_N, kind="stable")]
@@ -52,7 +53,7 @@ def shares(parts: Iterable[UserRows], axes: int, runs: int, count: int) -> Itera
         for path in paths:
             record_N = np.fromfile(path, row)
             path.unlink()
-            yield tuple(np.ascontiguousarray(record_N[name]) for name in record_N.dtype.fields or ())  # type: ignore[misc]
+            yield tuple(np.ascontiguousarray(record_N[name]) for name in names)  # type: ignore[misc]
 
 
 def _joined(kept: list[UserRows]) -> UserRows:

@@ -8,21 +8,16 @@ takes 331 ms in bfloat16 and they take 71, in float32 71 and 63 (one thread, Xeo
 keeps the scores of a sample on the chip (docs/LOG.md).
 """
 
-import importlib.util
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
-
-Backend = Literal["auto", "triton", "eager"]
+from c2al.ops.backend import Backend, device_obstacle
 
 MAX_FIELDS, MAX_HEAD_DIM = 128, 64
 """What one program's registers hold."""
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def field_attention(qkv_BMF: Tensor, heads: int, backend: Backend = "auto") -> Tensor:
@@ -68,12 +63,8 @@ def _eager(qkv_BMF: Tensor, heads: int) -> Tensor:
 
 def _obstacle(qkv_BMF: Tensor, heads: int) -> str:
     """Why the Triton kernel cannot take these operands; empty if it can."""
-    if qkv_BMF.device.type != "cuda":
-        return f"qkv is on {qkv_BMF.device.type}, the kernel needs a CUDA device"
-    if not _TRITON_INSTALLED:
-        return "triton is not installed"
-    if torch.cuda.get_device_properties(qkv_BMF.device).major < 8:
-        return "compute capability below 8.0"
+    if found := device_obstacle(qkv_BMF, "qkv"):
+        return found
     if qkv_BMF.dtype not in (torch.bfloat16, torch.float16):
         return f"no kernel for {qkv_BMF.dtype}"
     _, fields, width = qkv_BMF.shape

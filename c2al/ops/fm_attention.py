@@ -13,7 +13,6 @@ On a GPU it is one opaque op with a Triton kernel each way.
 """
 
 import functools
-import importlib.util
 import logging
 import math
 from typing import Literal
@@ -24,13 +23,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from c2al.errors import BackendError, OperandError
+from c2al.ops.backend import Backend, device_obstacle
 from c2al.ops.triton.configurations import configurations, precision_of
 
 Layout = Literal["paper", "wukong"]
-Backend = Literal["auto", "triton", "eager"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 
 
@@ -126,13 +124,8 @@ def _resolve(x_BMD: Tensor, y: Tensor, layout: str, backend: str) -> Literal["tr
 
 def _obstacle(x_BMD: Tensor, y: Tensor, layout: str) -> str:
     """Why the Triton kernels cannot take these operands; empty if they can."""
-    if x_BMD.device.type != "cuda":
-        return f"x is on {x_BMD.device.type}, the kernels need a CUDA device"
-    if not _TRITON_INSTALLED:
-        return "triton is not installed"
-    capability = torch.cuda.get_device_properties(x_BMD.device).major
-    if capability < 8:
-        return f"compute capability {capability}.x is below 8.0"
+    if found := device_obstacle(x_BMD, "x"):
+        return found
     if x_BMD.dtype == torch.float64:
         return "no float64 kernels"
     p, q = x_BMD.shape[:0:-1] if layout == "paper" else x_BMD.shape[1:]

@@ -25,6 +25,15 @@ def _weights(q_MS, k_MS, scale, fields, M: tl.constexpr):
 
 
 @triton.jit
+def _head(qkv, b, h, fields, mask, dims, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr):
+    """Queries, keys and values of one head of a sample, their offsets in qkv, and the columns of the head."""
+    part = h * (D // HEADS) + dims[None, :]
+    offsets = b * M * 3 * D + fields[:, None] * 3 * D + part
+    tile = qkv + offsets
+    return tl.load(tile, mask, 0.0), tl.load(tile + D, mask, 0.0), tl.load(tile + 2 * D, mask, 0.0), offsets, part
+
+
+@triton.jit
 def forward(
     qkv, out, scale, M: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -33,9 +42,7 @@ def forward(
     fields, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S)
     mask = (fields[:, None] < M) & (dims[None, :] < D // HEADS)
     for h in range(HEADS):
-        part = h * (D // HEADS) + dims[None, :]
-        tile = qkv + b * M * 3 * D + fields[:, None] * 3 * D + part
-        q_MS, k_MS, v_MS = tl.load(tile, mask, 0.0), tl.load(tile + D, mask, 0.0), tl.load(tile + 2 * D, mask, 0.0)
+        q_MS, k_MS, v_MS, _, part = _head(qkv, b, h, fields, mask, dims, M, D, HEADS)
         p_MM = _weights(q_MS, k_MS, scale, fields, M)
         o_MS = tl.dot(p_MM.to(v_MS.dtype), v_MS)
         tl.store(out + b * M * D + fields[:, None] * D + part, o_MS.to(v_MS.dtype), mask)
@@ -50,10 +57,7 @@ def backward(
     fields, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_S)
     mask = (fields[:, None] < M) & (dims[None, :] < D // HEADS)
     for h in range(HEADS):
-        part = h * (D // HEADS) + dims[None, :]
-        offsets = b * M * 3 * D + fields[:, None] * 3 * D + part
-        tile = qkv + offsets
-        q_MS, k_MS, v_MS = tl.load(tile, mask, 0.0), tl.load(tile + D, mask, 0.0), tl.load(tile + 2 * D, mask, 0.0)
+        q_MS, k_MS, v_MS, offsets, part = _head(qkv, b, h, fields, mask, dims, M, D, HEADS)
         do_MS = tl.load(grad + b * M * D + fields[:, None] * D + part, mask, 0.0)
         p_MM = _weights(q_MS, k_MS, scale, fields, M)
         dp_MM = tl.dot(do_MS, tl.trans(v_MS))
