@@ -66,8 +66,8 @@ class EvaluateConfig:
     confidence: float = 0.95
     """Two-sided confidence of every interval."""
     items: str = ""
-    """Column of item ids in the scores; if given, NE_diff gets a second interval that resamples users and
-    items together (pigeonhole bootstrap)."""
+    """Column of item ids, which scores then carry; if given, NE_diff gets a second interval that resamples users
+    and items together (pigeonhole bootstrap)."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:
@@ -119,6 +119,12 @@ class Arm:
             yield "axis", f"is '{self.axis}', but cohorts = '{self.cohorts}' are not chosen on an axis"
         if self.draw < 0:
             yield "draw", f"must not be negative, is {self.draw}"
+        if self.draw and self.cohorts not in ("random", "shuffled"):
+            yield "draw", f"is {self.draw}, but cohorts = '{self.cohorts}' are not drawn"
+        if self.keep != "head" and self.cohorts != "one":
+            yield "keep", f"is '{self.keep}', but cohorts = '{self.cohorts}' are not one of a pair"
+        if self.cohorts == "none" and not self.overrides and not self.select:
+            yield "overrides", "needed by cohorts = 'none', which would train the baseline once more"
         yield from _setting_problems("overrides", self.overrides)
         yield from _grid_problems("select", self.select)
         for key in sorted(flat_settings(self.overrides).keys() & flat_settings(self.select).keys()):
@@ -129,8 +135,11 @@ LONGEST_NAME = 128
 """Characters of an arm's name. File systems take 255 bytes, and the folders of an arm add a digest."""
 BASELINE = "baseline"
 """Name of the arm without auxiliary cohorts, which every experiment has."""
-_OWN = ("seed", "data.train", "data.validation", "data.test", "experiment", "arms", "discover", "evaluate", "axes")
-"""Settings that all arms of an experiment share."""
+_OWN = (
+    *("seed", "experiment", "arms", "discover", "evaluate", "axes"),
+    *(f"data.{name}" for name in ("train", "validation", "test", "label", "weight", "user_id", "row_id", "time")),
+)
+"""Settings that all arms of an experiment share: the splits, what is predicted, and by what rows are paired."""
 
 
 def flat_settings(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

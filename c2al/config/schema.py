@@ -38,6 +38,11 @@ class Config:
     arms: tuple[Arm, ...] = ()
     """What an experiment compares with the baseline, one `[[arms]]` each; empty: C2AL and its placebo."""
 
+    @property
+    def judged_columns(self) -> tuple[str, ...]:
+        """Columns by which rows are judged, so that scores carry them: those of the axes, and evaluate.items."""
+        return tuple(dict.fromkeys(c for c in (*(axis.column for axis in self.axes), self.evaluate.items) if c))
+
     def problems(self) -> Problems:
         if self.seed < 0:
             yield "seed", f"must not be negative, is {self.seed}"
@@ -59,6 +64,8 @@ class Config:
         for name in sorted({n for n in arms if arms.count(n) > 1}):
             yield "arms", f"arm '{name}' is declared twice"
         yield from self._cross_problems()
+        if self.evaluate.items and self.evaluate.items == self.data.user_id:
+            yield "evaluate.items", f"'{self.evaluate.items}' is data.user_id; name the column of the items"
         for name in self.discover.axes:
             if name not in names:
                 yield "discover.axes", f"unknown axis '{name}'{hint(name, names)}"

@@ -194,6 +194,8 @@ class Cohorts:
         return self.named
 
 
+PAIR_LABELS = ("head", "tail")
+"""What the two cohorts are called that discovery chooses, and those that stand in their place."""
 RESERVED_LABELS = ("primary", "all", "overall")
 """Names that metrics and results give to something else."""
 LABEL = re.compile(r"[A-Za-z0-9_-]+")
@@ -264,7 +266,7 @@ def _labelled(tree: dict[str, Any], source: str) -> list[tuple[str, Any]]:
     if "cohorts" not in tree:
         if not {"head", "tail"} <= tree.keys() or (tree["head"] is None) != (tree["tail"] is None):
             raise CohortError(f"{source}: 'chosen' needs 'cohorts', or head and tail both or neither")
-        return [(label, tree[label]) for label in ("head", "tail") if tree[label] is not None]
+        return [(label, tree[label]) for label in PAIR_LABELS if tree[label] is not None]
     cohorts = tree["cohorts"]
     if not isinstance(cohorts, list) or not all(isinstance(c, dict) for c in cohorts):
         raise CohortError(f"{source}: 'chosen.cohorts' is not a list of cohorts")

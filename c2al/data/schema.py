@@ -29,12 +29,10 @@ class Requirement:
     needed: str
     """In words, with the use of the column in brackets."""
     accepts: Callable[[pa.DataType], bool]
-    missing: str = ""
-    """What to say of a column that is not there and has no similar name."""
 
 
 def check_columns(
-    files: Iterable[Columns], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True
+    files: Iterable[Columns], data: DataConfig, carried: Sequence[str] = (), labelled: bool = True, items: str = ""
 ) -> None:
     """Checks the whole contract of the data: everything that some job will need of `files`.
 
@@ -42,7 +40,8 @@ def check_columns(
     every feature that the config declares, and `carried`: columns that are handed through, such as those
     of the axes. Every one must be in every file once, with a type that can be used, and of one kind in
     all of them: give the files of several splits together to compare these. `carried` must have one
-    type per call, exactly. With `labelled` = False there need be no label.
+    type per call, exactly. With `labelled` = False there need be no label. `items`: evaluate.items, where
+    the files will be scored.
 
     Raises DataError naming the file, the column, the type found and the type needed.
     """
@@ -51,6 +50,8 @@ def check_columns(
     wanted.append(Requirement(data.user_id, "an integer or a string (data.user_id)", _is_id))
     if data.time:
         wanted.append(Requirement(data.time, "any scalar (data.time)", lambda kind: not pa.types.is_nested(kind)))
+    if items:
+        wanted.append(Requirement(items, "an integer or a string (evaluate.items)", _is_id))
     files = list(files)
     _check(files, wanted, carried)
     _check_shared(files, data)
@@ -102,7 +103,7 @@ def _check(files: Iterable[Columns], wanted: Sequence[Requirement], carried: Seq
     exact: dict[str, tuple[str, pa.DataType]] = {}
     for file in files:
         for requirement in wanted:
-            kind = _type_of(file, requirement.column, requirement.missing)
+            kind = _type_of(file, requirement.column, requirement.needed)
             if not requirement.accepts(kind):
                 raise DataError(
                     f"{file.name}: column '{requirement.column}' has type {kind}, needed is {requirement.needed}"
@@ -125,8 +126,7 @@ def _agree(a: pa.DataType, b: pa.DataType) -> bool:
 def _inputs(data: DataConfig, labelled: bool, weighted: bool = True) -> list[Requirement]:
     wanted = []
     if labelled:
-        missing = "; the label (data.label, 0 or 1 per impression) is needed to train, score, export and evaluate"
-        wanted.append(Requirement(data.label, "0 or 1 as a number (label)", is_number, missing))
+        wanted.append(Requirement(data.label, "0 or 1 as a number (the label, data.label)", is_number))
     if data.weight and weighted:
         wanted.append(Requirement(data.weight, "a number (weight)", is_number))
     wanted += [Requirement(dense.column, "a number (dense feature)", is_number) for dense in data.dense]
@@ -158,11 +158,11 @@ def _is_id(kind: pa.DataType) -> bool:
     return not is_list(kind) and (is_text(leaf(kind)) or pa.types.is_integer(leaf(kind)))
 
 
-def _type_of(file: Columns, column: str, missing: str = "") -> pa.DataType:
+def _type_of(file: Columns, column: str, needed: str = "") -> pa.DataType:
     count = file.schema.names.count(column)
     if count > 1:
         raise DataError(f"{file.name}: column '{column}' is there {count} times")
     if not count:
-        close = hint(column, file.schema.names)
-        raise DataError(f"{file.name}: no column '{column}'{close or missing}")
+        use = f"; needed is {needed}" if needed else ""
+        raise DataError(f"{file.name}: no column '{column}'{use}{hint(column, file.schema.names)}")
     return file.schema.field(column).type

@@ -3,6 +3,8 @@
 Letters: N rows, A axes, J runs, U (user, segment) pairs.
 """
 
+import contextlib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,9 +30,9 @@ def shares(parts: Iterable[UserRows], axes: int, runs: int, count: int) -> Itera
     """All rows of a `count`-th of the users, then those of the next, each in the order of `parts`.
 
     A user's rows lie anywhere in the files. With more than one share the rows go into a temporary file per share, so
-    the scores are read once: 17 + 4 A + 8 J bytes per row, in Python's folder for such files (TMPDIR, where it is one).
+    the scores are read once: 17 + 4 A + 8 J bytes per row, in the folder TMPDIR, or the system's own without it.
 
-    Raises OutputError where that folder is full, OSError where there is none.
+    Raises OutputError where that folder is full or there is none.
     """
     if count == 1:
         yield _joined(list(parts))
@@ -38,7 +40,7 @@ def shares(parts: Iterable[UserRows], axes: int, runs: int, count: int) -> Itera
     names = ("user", "segment", "label", "weight", "prediction")
     shapes = (("u8", ()), ("i4", (axes,)), ("u1", ()), ("f8", ()), ("f8", (runs,)))
     row = np.dtype([(name, *shape) for name, shape in zip(names, shapes, strict=True)])
-    with tempfile.TemporaryDirectory(prefix="c2al-evaluate-") as folder:
+    with _temporary_folder() as folder:
         paths = [Path(folder) / f"users-{share}" for share in range(count)]
         for columns in parts:
             record_N = np.empty(len(columns[0]), row)
@@ -54,6 +56,16 @@ def shares(parts: Iterable[UserRows], axes: int, runs: int, count: int) -> Itera
             record_N = np.fromfile(path, row)
             path.unlink()
             yield tuple(np.ascontiguousarray(record_N[name]) for name in names)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """A folder that goes at the end. Where TMPDIR names none, Python would take another disk without a word."""
+    wanted = os.environ.get("TMPDIR") or None
+    with contextlib.ExitStack() as stack:
+        with output_errors(f"TMPDIR = {wanted or tempfile.gettempdir()}"):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="c2al-evaluate-", dir=wanted))
+        yield folder
 
 
 def _joined(kept: list[UserRows]) -> UserRows:

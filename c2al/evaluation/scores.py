@@ -109,6 +109,11 @@ def column_type(file: File, column: str) -> pa.DataType:
 def check_items(scores: Scores, column: str) -> None:
     """Raises DataError when the scores do not carry a column of item ids."""
     for file in scores.files:
+        if column not in file.schema.names:
+            raise DataError(
+                f"{file.name}: column '{column}' is missing (evaluate.items); `c2al score` carries it where the "
+                "configuration that it scores with names it"
+            )
         if not _is_id(kind := column_type(file, column)):
             raise DataError(f"{file.name}: column '{column}' is {kind}; evaluate.items needs an integer or a string")
     _one_kind(scores, column)

@@ -78,12 +78,12 @@ class Bench:
 
         The name carries a digest of the columns that are carried along, so a changed axis scores anew.
         """
-        columns = " ".join(sorted({c for a in self.config.axes if (c := a.column)}))
+        columns = " ".join(sorted(self.config.judged_columns))
         folder = trial.folder(self.output, seed)
         scores = folder / f"{name}-{hashlib.sha256(columns.encode()).hexdigest()[:6]}"
 
         def work() -> None:
-            config = dataclasses.replace(trial.config, seed=seed, axes=self.config.axes)
+            config = dataclasses.replace(trial.config, seed=seed, axes=self.config.axes, evaluate=self.config.evaluate)
             score(folder / "run", split, scores, self.world, config=config)
 
         return self.do(folder, lambda: scores if scores.exists() else None, work, wait)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from c2al.config import BASELINE, OF_AUXILIARY_LOSSES, Arm, Config, TrainConfig, flat_settings
-from c2al.data.cohorts import read_cohorts
+from c2al.data.cohorts import PAIR_LABELS, read_cohorts
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.errors import CohortError, ConfigError
@@ -11,7 +11,8 @@ from c2al.experiment.bench import Share
 from c2al.experiment.folder import SPLITS
 from c2al.experiment.plan import Trial, arm_trials, arms_of, baseline_trials
 from c2al.nn.methods import check_method
-from c2al.training.cohort_settings import shown
+from c2al.training.cohort_settings import check_labels, shown
+from c2al.training.score import carried_columns
 
 
 def check(config: Config, share: Share) -> None:
@@ -19,6 +20,10 @@ def check(config: Config, share: Share) -> None:
     problems = share_problems(share, config)
     problems += _baseline_problems(config)
     problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
+    try:
+        carried_columns(config)
+    except ConfigError as e:
+        problems += e.problems
     needs_axes = [a.name for a in arms_of(config) if a.discovers]
     if needs_axes and not config.axes:
         problems.append(f"axes: arm {', '.join(needs_axes)} needs at least one axis to discover cohorts on")
@@ -76,12 +81,28 @@ def _arm_problems(arm: Arm, trials: list[Trial]) -> list[str]:
             "train.group_dro is set, in at least one combination; cohorts = 'none' has none"
         ]
     if any(t.config.train.auxiliary for t in trials):
-        return []
+        return _label_problems(arm, trials)
     return [
         f"arm '{arm.name}': {key}: there is no auxiliary loss for it to act on: the arm's "
         + ("cohorts = 'none'" if arm.cohorts == "none" else "lambda is 0")
         for key in _of_auxiliary_losses({**flat_settings(arm.overrides), **flat_settings(arm.select)})
     ]
+
+
+def _label_problems(arm: Arm, trials: list[Trial]) -> list[str]:
+    """Lambdas of cohorts that the arm will not have. Whatever discovery chooses, it calls the two head and tail."""
+    labels: tuple[str, ...] = (arm.keep,) if arm.cohorts == "one" else PAIR_LABELS
+    found = []
+    for trial in trials:
+        try:
+            if arm.cohorts == "file":
+                labels = tuple(c.label for c in read_cohorts(arm.file).chosen())
+            check_labels(trial.config.train, arm.file or f"cohorts = '{arm.cohorts}'", labels)
+        except ConfigError as e:
+            found += [f"arm '{arm.name}': {p}" for p in e.problems]
+        except CohortError:
+            break  # check_data names the damaged file; a file that chose none is a finding
+    return list(dict.fromkeys(found))
 
 
 def check_data(config: Config) -> None:
@@ -93,7 +114,9 @@ def check_data(config: Config) -> None:
     given = [column for arm in config.arms if arm.cohorts == "file" for column in _columns_of_file(arm)]
     for split in SPLITS:
         carried = axes if split == "test" else [*axes, *given]  # test data are scored, and need no cohorts
-        check_columns(open_dataset(getattr(config.data, split)), config.data, tuple(dict.fromkeys(carried)))
+        items = config.evaluate.items if split in ("test", config.experiment.discover_on) else ""
+        files = open_dataset(getattr(config.data, split))
+        check_columns(files, config.data, tuple(dict.fromkeys(carried)), items=items)
 
 
 def _columns_of_file(arm: Arm) -> list[str]:

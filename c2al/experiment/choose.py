@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.config import Arm, Config, replace
-from c2al.data.cohorts import CohortSpec, Condition, read_cohorts
+from c2al.data.cohorts import PAIR_LABELS, CohortSpec, Condition, read_cohorts
 from c2al.data.hashing import DRAW_BUCKETS, drawn_share
 from c2al.data.source import open_dataset
 from c2al.discovery.axes import cohort_spec
@@ -85,7 +85,7 @@ def eligible_pairs(config: Config, discovery: Path) -> list[tuple[Pair, float]]:
         for i in np.flatnonzero(pairs.eligible_P & np.isfinite(pairs.rule.value_P)):
             specs = tuple(
                 dataclasses.replace(cohort_spec(axis, total.axes, total.cuts, counts.keys[int(number)]), label=label)
-                for label, number in (("head", pairs.head_P[i]), ("tail", pairs.tail_P[i]))
+                for label, number in zip(PAIR_LABELS, (pairs.head_P[i], pairs.tail_P[i]), strict=True)
             )
             found.append((specs, float(pairs.rule.value_P[i])))
     return found

@@ -51,7 +51,7 @@ class Result:
 
 
 def start(config: Config, output: Path, command: str) -> None:
-    """Writes what the report says of the experiment itself.
+    """Records in a new folder how to do it again; an experiment that is there must be the same one.
 
     Raises ConfigError when the folder holds an experiment that this one cannot go on with: other
     training settings, or other impressions under the same paths. Raises ConfigError or StateError naming the file
@@ -62,8 +62,14 @@ def start(config: Config, output: Path, command: str) -> None:
     if known.exists() or (output / "trainings").exists():
         _refuse_other_settings(load_config(known), redacted_config(config), output)
         _refuse_other_inputs(read_state(output / "inputs.json", Inputs, format="c2al.inputs", version=1), now, output)
+    else:
+        describe_itself(config, output, command)
     write_state(output / "inputs.json", now, format="c2al.inputs", version=1)
-    save_config(config, known)
+
+
+def describe_itself(config: Config, output: Path, command: str) -> None:
+    """Writes what a report says of the experiment itself: its configuration, command and versions."""
+    save_config(config, output / "config.toml")
     write_atomically(output / "command.txt", redacted(command) + "\n")
     versions = {"python": platform.python_version(), "machine": f"{platform.machine()} {platform.system()}"}
     for name in PACKAGES:

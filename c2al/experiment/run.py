@@ -20,7 +20,7 @@ from c2al.evaluation.result import Arm as EvaluatedArm
 from c2al.experiment.arms import Discovery, Plan, arm_record, baseline_record, plan_arm, run_discovery, train_arm
 from c2al.experiment.bench import Bench, Share
 from c2al.experiment.check import check, check_data
-from c2al.experiment.folder import claim, start
+from c2al.experiment.folder import claim, describe_itself, start
 from c2al.experiment.plan import Trial, arms_base, arms_of
 from c2al.report.html import write_report
 from c2al.report.record import Record, read_record, repeated
@@ -58,9 +58,9 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     record = _records(bench, trials, plans, discovery)
     if record is None:
         return None
-    report = world.once(lambda: _judge(record, config, output))
-    if record.serving and report is not None:
-        _export(bench, record.serving)
+    report = world.once(lambda: _judge(bench, record, command))
+    if report is not None and (training := serving_training(record)):
+        _export(bench, training)
     return report
 
 
@@ -81,6 +81,10 @@ def _refuse_impossible_minimum(plans: list[Plan]) -> None:
 def _export(bench: Bench, training: str) -> None:
     """Makes serving/ from a training's folder, once."""
     serving = bench.output / "serving"
+    if bench.world.size > 1:
+        if not bench.world.once(serving.exists) and bench.world.rank == 0:
+            print(f"experiment: {serving} is made by one process only; run the command on one", file=sys.stderr)
+        return
 
     def work() -> None:
         export(bench.output / training / "run", bench.config.data.test, serving, bench.world)
@@ -110,24 +114,28 @@ def _records(bench: Bench, trials: list[Trial], plans: list[Plan], discovery: Di
                 arms=done,
             )
             main = next((p.discovery for p in plans if record.main and p.arm.name == record.main.name), discovery)
-            # One process alone can export.
-            return dataclasses.replace(
-                record,
-                discovery="" if main.folder is None else main.folder.name,
-                serving=serving_training(record) if bench.world.size == 1 else "",
-            )
+            return dataclasses.replace(record, discovery="" if main.folder is None else main.folder.name)
         if not bench.world.once(lambda: bench.worked):
             return None
 
 
-def _judge(record: Record, config: Config, output: Path) -> Path | None:
-    """Evaluates all arms and writes the report; None when another process is doing just that."""
+def _judge(bench: Bench, record: Record, command: str) -> Path | None:
+    """Evaluates all arms and writes the report; None when another process is doing just that.
+
+    What the folder says of itself changes after the evaluation, so that a run again that fails leaves the old report
+    with all that it was made of.
+    """
+    config, output = bench.config, bench.output
     with claim(output / ".claims" / "report") as mine:
         if not mine:
             return None
-        _drop_other_serving(record, output)
-        record.write(output)
         evaluation = evaluate_record(record, config, output)
+        describe_itself(config, output, command)
+        _drop_other_serving(record, output)
+        # One process alone can export; several leave the model that an earlier command exported.
+        exported = bench.world.size == 1 or (output / "serving").exists()
+        record = dataclasses.replace(record, serving=serving_training(record) if exported else "")
+        record.write(output)
         main = tuple(s for s in evaluation.segments if s.axis in (OVERALL, COHORT))
         print(dataclasses.replace(evaluation, segments=main).table())
         print("\n" + "\n".join(map(terminal, sentences(record, evaluation))))
@@ -143,7 +151,7 @@ def serving_training(record: Record) -> str:
 def _drop_other_serving(record: Record, output: Path) -> None:
     """Removes serving/ when the model in it is not that of `record`."""
     known = output / "experiment.json"
-    if known.exists() and read_record(output).serving != record.serving:
+    if known.exists() and read_record(output).serving != serving_training(record):
         shutil.rmtree(output / "serving", ignore_errors=True)
 
 

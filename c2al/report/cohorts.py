@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from c2al.data.cohorts import PAIR_LABELS
 from c2al.evaluation.result import COHORT, OVERALL, Segment
 from c2al.report import figures
 from c2al.report.experiment import Experiment
@@ -74,13 +75,13 @@ def choice(e: Experiment) -> str:
         said = e.record.finding or "No arm needed cohorts from discovery."
         return f"<h2>Choice of the cohorts</h2><p>{escaped(said)}</p>"
     chosen, rule = e.cohorts["chosen"], e.cohorts["rule"]
-    specs = {role: chosen[role] for role in ("head", "tail") if chosen.get(role) is not None}
+    specs = {role: chosen[role] for role in PAIR_LABELS if chosen.get(role) is not None}
     pair = {(spec["axis"], role, spec["name"]) for role, spec in specs.items()}
     rows: list[list[str]] = []
     marked = []
     for axis in e.cohorts["axes"]:
         for found in axis["pairs"][:MOST_PAIRS]:
-            if specs and {(axis["name"], role, found[role]) for role in ("head", "tail")} == pair:
+            if specs and {(axis["name"], role, found[role]) for role in PAIR_LABELS} == pair:
                 marked.append(len(rows))
             measures = [_divergence(found[m]) for m in MEASURES]
             rows.append([axis["name"], found["head"], found["tail"], _bound(found["lower_bound"]), *measures])

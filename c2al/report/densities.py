@@ -1,7 +1,6 @@
 """The figure beside cohorts.json: densities of the predictions of each axis's first pair."""
 
 import csv
-import io
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 
 from c2al.files import write_atomically
 from c2al.report.names import figure_text
+from c2al.report.svg import TEXT, svg_text
 
 _PANELS = 12
 """Axes drawn; densities.csv has all."""
@@ -30,7 +30,7 @@ def draw_densities(folder: Path) -> None:
     shown = list(densities.items())[:_PANELS]
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    style = {"svg.hashsalt": "c2al", "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK}
+    style = {**TEXT, "font.family": "sans-serif", "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK}
     with matplotlib.rc_context({**style, "xtick.color": _INK, "ytick.color": _INK, "font.size": 9}):
         figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
         for panel, (axis, cohorts) in zip(figure.subplots(rows, columns, squeeze=False).flat, shown, strict=False):
@@ -41,9 +41,8 @@ def draw_densities(folder: Path) -> None:
             panel.patch.set_alpha(0)
             panel.legend(frameon=False)
         figure.patch.set_alpha(0)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    write_atomically(folder / "densities.svg", drawn.getvalue())
+        drawn = svg_text(figure)
+    write_atomically(folder / "densities.svg", drawn)
 
 
 def _name(cell: str) -> str:

@@ -4,7 +4,6 @@ matplotlib is imported when the first figure is drawn. The same numbers give the
 """
 
 import contextlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from c2al.config import BASELINE
 from c2al.evaluation.result import Difference, Reliability
 from c2al.report.names import figure_text
 from c2al.report.page import escaped
+from c2al.report.svg import TEXT, svg_text
 from c2al.training.diagnostics import Y_EDGES
 
 Float = NDArray[np.float64]
@@ -29,8 +29,7 @@ _INK = "#123456"
 _WIDTH = 8.6
 """Inches of a full-width figure; the page scales it."""
 _STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "c2al",
+    **TEXT,
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -72,10 +71,8 @@ def _svg(figure: Any, label: str) -> str:
     """The figure as one <svg> element; `label` is what a screen reader says."""
     import matplotlib
 
-    out = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
-    text = out.getvalue()
+        text = svg_text(figure, transparent=True)
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Names of groups are counted anew in each figure and would repeat in one page.

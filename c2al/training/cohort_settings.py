@@ -30,8 +30,11 @@ def check_cohort_settings(train: TrainConfig, cohorts: Path | None) -> None:
         raise ConfigError(problems)
 
 
-def check_labels(train: TrainConfig, cohorts: Path, labels: Sequence[str]) -> None:
-    """Raises ConfigError for settings that do not go with the names of the chosen cohorts in the file `cohorts`."""
+def check_labels(train: TrainConfig, cohorts: Path | str, labels: Sequence[str]) -> None:
+    """Raises ConfigError for settings that do not go with the names of the cohorts chosen by `cohorts`.
+
+    `cohorts` is the file that chose them, or in an experiment the words of the arm that will.
+    """
     if unknown := sorted(train.lambdas.keys() - set(labels)):
         raise ConfigError([f"train.lambdas.{n}: {cohorts} chose {', '.join(labels)}{hint(n, labels)}" for n in unknown])
     zero = [label for label in labels if train.auxiliary and train.lambda_of(label) == 0]

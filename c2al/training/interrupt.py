@@ -28,9 +28,13 @@ class Interrupt:
         self._before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, InterruptError):
+            # Launchers send SIGTERM to all ranks when the first has ended. The others end by themselves, and
+            # that signal must not cut off their last words and their exit code.
+            signal.signal(signal.SIGTERM, lambda *_: None)  # SIG_IGN would be inherited by processes started later
 
     def told(self, world: World) -> int:
         """The signal that any rank received, on every rank; 0: none. Collective. SIGTERM where there are several."""

@@ -2,7 +2,7 @@
 
 Writes a folder with one part-*.parquet per rank, whose rows in order of the names are the input's:
 row id, user id, label, weight, prediction (probability of the primary prediction head), the time column
-if there is one, and every axis column under its own name. `_complete.json` comes last.
+if there is one, and every column of an axis and evaluate.items under its own name. `_complete.json` comes last.
 """
 
 import dataclasses
@@ -123,6 +123,20 @@ def _said(path: Path, world: World, best: bool) -> Path:
     return path
 
 
+def carried_columns(config: Config) -> tuple[str, ...]:
+    """Columns of the impressions that scores hand through. An axis may lie on the label or the weight itself.
+
+    Raises ConfigError for a column that would hide one of the scores' own.
+    """
+    own = {"label": config.data.label, "weight": config.data.weight}
+    columns = [config.data.row_id, config.data.user_id, config.data.time, *config.judged_columns]
+    carried = tuple(dict.fromkeys(c for c in columns if c and own.get(c) != c))
+    for name in _OWN:
+        if name in carried:
+            raise ConfigError(f"data: the column '{name}' of the impressions would hide the scores' own '{name}'")
+    return carried
+
+
 class _Scoring:
     """One scoring job on this rank."""
 
@@ -141,7 +155,7 @@ class _Scoring:
                 seed=run.config.seed,
                 shuffle=False,
                 shards=world.size,
-                carry=self._carried(),
+                carry=carried_columns(run.config),
             )
         )
         # With one shard per rank and no shuffling, the ranks' rows follow one another in file order.
@@ -156,16 +170,6 @@ class _Scoring:
                     "score needs labelled impressions, since its output is for discover and evaluate"
                 )
         return files
-
-    def _carried(self) -> tuple[str, ...]:
-        """Columns that are handed through. An axis may lie on the label or the weight itself."""
-        own = {"label": self.names.label, "weight": self.names.weight}
-        columns = [self.names.row_id, self.names.user_id, self.names.time, *(a.column for a in self.run.config.axes)]
-        carried = tuple(dict.fromkeys(c for c in columns if c and own.get(c) != c))
-        for name in _OWN:
-            if name in carried:
-                raise ConfigError(f"data: the column '{name}' of the impressions would hide the scores' own '{name}'")
-        return carried
 
     def write(self, folder: Path, checkpoint: Path | None) -> int:
         """Writes this rank's part and returns the number of rows over all ranks."""

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import itertools
 import math
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +187,7 @@ def test_user_aucs_of_no_rows():
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_shares_hold_every_row_once_in_order_and_leave_no_file(count: int, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     rng, parts, reads = np.random.default_rng(0), [], []
     for rows in (50, 0, 31):
         user_N = rng.integers(0, 12, rows).astype(np.uint64)
@@ -205,6 +204,13 @@ def test_shares_hold_every_row_once_in_order_and_leave_no_file(count: int, tmp_p
             np.testing.assert_array_equal(column, expected[own_N])
     assert reads == [0, 1, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_other_disk_is_taken_when_the_named_one_is_not_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "away"))
+    one = (np.zeros(1, np.uint64), np.zeros((1, 1), np.int32), np.ones(1, np.uint8), np.ones(1), np.ones((1, 1)))
+    with pytest.raises(OutputError, match=r"TMPDIR = .*away: cannot be written"):
+        list(shares([one], axes=1, runs=1, count=2))
 
 
 def test_memory_bounds_change_no_number(scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

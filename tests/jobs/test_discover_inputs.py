@@ -258,11 +258,11 @@ def test_a_lost_part_of_scores_is_named(tmp_path, capsys):
 
 # Names as markup
 
-HOSTILE = ["$x$", "$", "_unknown", "=1+1", "<script>", "\x1b[31m", "a\nb", "", "x" * 300, "\\$"]
+HOSTILE = ["$x$", "$", "_unknown", "=1+1", "<script>", "\x1b[31m", "a\nb", "", "x" * 300, "\\$", "動画"]
 
 
 @pytest.mark.parametrize("first", HOSTILE)
-def test_a_name_is_shown_as_it_is_everywhere(tmp_path, capsys, first):
+def test_a_name_is_shown_as_it_is_everywhere(tmp_path, capsys, recwarn, first):
     table = impressions()
     place = np.where(np.array(table["place"].to_pylist()) == "feed", first, "$other_$")
     scores = written(tmp_path / "s.parquet", table.set_column(3, "$_axis_$", pa.array(place)))
@@ -277,6 +277,8 @@ def test_a_name_is_shown_as_it_is_everywhere(tmp_path, capsys, first):
     assert svg.split('id="legend_1"')[1].count('id="text_') == 2
     assert "<script>" not in svg
     assert "\x1b" not in svg
+    assert first.isascii() or first in svg, "letters, for which the viewer has the font"
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
     cells = (tmp_path / "out" / "densities.csv").read_text()
     assert not any(line.split(",")[1].startswith(("=", "+", "@")) for line in cells.splitlines() if line.count(",") > 5)
 

@@ -19,18 +19,23 @@ from c2al.__main__ import main
 from c2al.config import Arm, Axis, Config, load_config, replace, save_config
 from c2al.data.cohorts import read_cohorts
 from c2al.distributed.process import process_group
-from c2al.errors import ConfigError
+from c2al.errors import ConfigError, DataError
 from c2al.evaluation.evaluate import evaluate, paired
+from c2al.evaluation.result import read_evaluation
 from c2al.experiment.choose import _count, cohorts_of
 from c2al.experiment.run import experiment
 from c2al.report.record import Record, read_record
 from c2al.training.score import score
 from c2al.training.trainer import Trainer, train
 from impressions import splits, write_impressions
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 KUAIRAND = ROOT.parent / "shared" / "data" / "kuairand_pure"
 LAMBDA = "train.auxiliary_lambda"
+SLOWER = {"train.optimizer.dense_lr": 0.0005}
+OF_ALL_ARMS = ("label", "weight", "user_id", "row_id", "time")
+"""Columns that evaluation pairs rows by, or that say what is predicted."""
 ARMS = (
     Arm(name="c2al", cohorts="chosen", select={LAMBDA: [0.1, 0.5]}),
     Arm(name="placebo", cohorts="shuffled"),
@@ -171,6 +176,7 @@ def test_run_again_it_repeats_no_stage_and_gives_the_same_report(done, capsys):
         ("--discover.min_rows", "90"),
         ("--evaluate.replicates", "40"),
         ("--axes", "[{name = 'surface', column = 'surface'}]"),
+        ("--evaluate.items", "item_id"),
     ],
 )
 def test_changed_discovery_or_evaluation_trains_nothing_again(done, tmp_path, change):
@@ -183,6 +189,53 @@ def test_changed_discovery_or_evaluation_trains_nothing_again(done, tmp_path, ch
     after = {k: v for k, v in trained(copy / "out").items() if "result.json" in k}
     assert {k: after[k] for k in before} == before
     assert read_record(copy / "out").baseline.trials == record.baseline.trials
+
+
+def test_an_item_column_that_is_no_axis_gives_the_interval_over_users_and_items(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out", copy_function=shutil.copy2)
+    shutil.copy(done / "c.toml", tmp_path / "c.toml")
+    assert main(words(tmp_path, "--evaluate.items", "item_id")) == 0
+    evaluation = read_evaluation(tmp_path / "out" / "evaluation" / "evaluation.json")
+    assert evaluation.items == "item_id"
+    assert all(d.items_interval is not None for d in evaluation.segments[0].differences)
+
+
+def test_a_run_again_that_fails_leaves_the_old_report_with_all_that_it_was_made_of(done, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(done / "out", out, copy_function=shutil.copy2)
+    shutil.copy(done / "c.toml", tmp_path / "c.toml")
+    files = [p for p in out.iterdir() if p.is_file()] + [
+        *(out / "evaluation").iterdir(),
+        *(out / "serving").rglob("*.*"),
+    ]
+    before = {p: p.read_bytes() for p in files}
+
+    def fails(*_: object, **__: object) -> None:
+        raise DataError("no evaluation today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("c2al.experiment.run.evaluate", fails)
+        assert main(words(tmp_path, "--evaluate.confidence", "0.9")) == 2
+    assert "no evaluation today" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in before} == before
+    assert main(words(tmp_path, "--evaluate.confidence", "0.9")) == 0
+    assert load_config(out / "config.toml").evaluate.confidence == 0.9
+
+
+def again_on_two_ranks(folder: str) -> None:
+    assert main(words(Path(folder))) == 0
+
+
+def test_two_ranks_on_a_finished_folder_leave_its_serving_folder(done, tmp_path):
+    shutil.copytree(done / "out", tmp_path / "out", copy_function=shutil.copy2)
+    shutil.copy(done / "c.toml", tmp_path / "c.toml")
+    serving = read_record(done / "out").serving
+    assert serving
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "serving").rglob("*")}
+    assert before
+    run_ranks(again_on_two_ranks, 2, str(tmp_path))
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "serving").rglob("*")} == before
+    assert read_record(tmp_path / "out").serving == serving
 
 
 def test_changed_arms_train_the_new_ones_only_and_go_on_with_what_was_interrupted(done, tmp_path):
@@ -246,28 +299,37 @@ def test_what_is_no_experiment_is_refused_before_any_work(tmp_path):
         (Arm(name="a", select={LAMBDA: [0.0, 0.3]}), "arm 'a': without effect on its cohorts"),
         (Arm(name="a", cohorts="none", overrides={"train.group_dro": 0.1}), "arm 'a': its settings need cohorts"),
         (Arm(name="a", cohorts="none", select={LAMBDA: [0.3]}), "arm 'a': its settings need cohorts"),
+        (Arm(name="a", overrides={"train.lambdas.hed": 0.3}), "arm 'a': train.lambdas.hed: cohorts = 'chosen' chose"),
+        (Arm(name="a", cohorts="one", select={"train.lambdas.tail": [0.1]}), "arm 'a': train.lambdas.tail: "),
+        (Arm(name="a", cohorts="none"), "overrides: needed by cohorts = 'none'"),
+        (Arm(name="a", keep="tail"), "keep: is 'tail', but cohorts = 'chosen'"),
+        (Arm(name="a", cohorts="least", draw=1), "draw: is 1, but cohorts = 'least'"),
+        *((Arm(name="a", overrides={f"data.{c}": "age"}), f"'data.{c}': data.{c} is the same") for c in OF_ALL_ARMS),
     ],
 )
 def test_an_arm_whose_settings_and_cohorts_do_not_match_is_refused_before_any_work(tmp_path, capsys, arm, said):
     small(tmp_path, (Arm(name="fine"), Arm(name="weighted", overrides={LAMBDA: 0.0, "train.cohort_weight": 2.0}), arm))
     assert main(words(tmp_path)) == 2
     assert said in (err := capsys.readouterr().err)
-    assert err.count("arm '") == 1
+    assert err.count("arm '") <= 1
+    assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"axes": [{"name": "a", "column": "surfcae"}]}, "surfcae"),
+        ({"axes": "[{name = 'a', column = 'surfcae'}]"}, "surfcae"),
         ({"data.time": "nowhere"}, "nowhere"),
+        ({"evaluate.items": "item"}, "needed is an integer or a string (evaluate.items); did you mean 'item_id'?"),
+        ({"evaluate.items": "age"}, "column 'age' has type double, needed is an integer or a string (evaluate.items)"),
+        ({"evaluate.items": "user_id"}, "evaluate.items: 'user_id' is data.user_id"),
+        ({"evaluate.items": "prediction"}, "the column 'prediction' of the impressions would hide"),
     ],
 )
 def test_a_column_that_no_stage_could_use_is_refused_before_the_first_step(tmp_path, capsys, wrong, said):
-    config = replace(splits(tmp_path), **{k: v for k, v in wrong.items() if k != "axes"})
-    save_config(config, tmp_path / "c.toml")
-    more = ["--axes", "[{name = 'a', column = 'surfcae'}]"] if "axes" in wrong else []
-    assert main(words(tmp_path, *more)) == 2
+    save_config(splits(tmp_path), tmp_path / "c.toml")
+    assert main(words(tmp_path, *(f"--{key}={value}" for key, value in wrong.items()))) == 2
     assert said in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("metrics.jsonl"))
 
@@ -295,7 +357,11 @@ def test_a_file_of_cohorts_that_no_arm_could_use_is_refused_before_the_baselines
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_last_step_of_a_training_ends_the_experiment(tmp_path, monkeypatch, capsys, number):
     """It is too late to stop that training, which is whole; the next one must not begin."""
-    small(tmp_path, arms=(Arm(name="slower", cohorts="none"),), **{"experiment.seeds": (0, 1), "train.epochs": 1})
+    small(
+        tmp_path,
+        arms=(Arm(name="slower", cohorts="none", overrides=SLOWER),),
+        **{"experiment.seeds": (0, 1), "train.epochs": 1},
+    )
     evaluate_as_it_is = Trainer._evaluate
 
     def evaluate_under_a_signal(trainer: Trainer) -> None:
@@ -336,7 +402,7 @@ FINDINGS = {
 
 @pytest.mark.parametrize("change", FINDINGS.values(), ids=FINDINGS.keys())
 def test_without_cohorts_an_arm_ends_with_a_finding_and_the_experiment_goes_on(tmp_path, capsys, change):
-    plain = Arm(name="slower", cohorts="none", overrides={"train.optimizer.dense_lr": 0.0005})
+    plain = Arm(name="slower", cohorts="none", overrides=SLOWER)
     small(tmp_path, arms=(Arm(name="c2al"), plain), **{"experiment.seeds": (0,), "train.epochs": 1})
     assert main(words(tmp_path, *change)) == 0
     c2al, slower = read_record(tmp_path / "out").arms

@@ -1,7 +1,10 @@
 """What must not happen to a run: each test is named for a kind of fault."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from c2al.__main__ import main
 from c2al.config import replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
-from c2al.errors import ConfigError, DataError, OutputError, StateError, TrainingError
+from c2al.errors import C2ALError, ConfigError, DataError, OutputError, StateError, TerminateError, TrainingError
 from c2al.files import only_writer
 from c2al.training.interrupt import Interrupt
 from c2al.training.run_folder import start_run
@@ -191,6 +194,21 @@ def test_one_device_is_not_waited_for_between_due_steps(config, world, tmp_path,
         trainer.step = trainer.total
         trainer._check(interrupt)
         assert looked == [True]
+
+
+def test_a_launchers_sigterm_does_not_cut_off_a_rank_that_ends_already():
+    """It comes when the first rank has ended, as soon as training has let go of the signals."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append("terminated"))
+    try:
+        for error, expected in ((TerminateError("step 3 is saved"), []), (DataError("a null"), ["terminated"])):
+            with contextlib.suppress(C2ALError), Interrupt():
+                raise error
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert came == expected
+            signal.signal(signal.SIGTERM, lambda *_: came.append("terminated"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_output_that_cannot_be_made_is_named(config, tmp_path, capsys):

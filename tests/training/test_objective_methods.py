@@ -1,5 +1,6 @@
 """Loss-level methods by hand: weighted cohort rows, GroupDRO, uncertainty weighting; and how they are refused."""
 
+import dataclasses
 import json
 import math
 import re
@@ -304,7 +305,7 @@ def test_a_penalty_on_y_is_refused_where_no_interaction_has_a_y(config, field):
 def test_an_experiment_refuses_settings_of_auxiliary_losses_that_nothing_uses(config, field, value, default):
     """Before hours of baselines, and wherever they stand: in the experiment's own section, its select or an arm."""
     key, set_ = f"train.{field}", value_of(value)
-    none = {"name": "plain", "cohorts": "none"}
+    none = {"name": "plain", "cohorts": "none", "overrides": {"train.ema": 0.9}}
     weighted = {"name": "w", "overrides": {"train.auxiliary_lambda": 0.0, "train.cohort_weight": 2.0}}
     for arms, settings, said in (
         ([none], {key: set_}, rf"{key}: is {value}, but no arm has an auxiliary loss"),
@@ -326,7 +327,8 @@ def test_an_experiment_refuses_settings_of_auxiliary_losses_that_nothing_uses(co
 def test_what_an_experiment_sets_for_its_arms_does_not_touch_what_has_no_auxiliary_loss(config):
     """The baseline and an arm without cohorts train as if it was not set, in the same folders."""
     set_ = {f"train.{field}": value_of(value) for field, value, _ in IDLE if field != "lambda_schedule"}
-    own = replace(config, arms=[{"name": "c2al"}, {"name": "plain", "cohorts": "none"}], **set_)
+    plain = {"name": "plain", "cohorts": "none", "overrides": {"train.ema": 0.9}}
+    own = replace(config, arms=[{"name": "c2al"}, plain], **set_)
     c2al, plain = own.arms
     (baseline,), (as_ever,) = baseline_trials(own), baseline_trials(config)
     assert baseline.name == as_ever.name
@@ -334,7 +336,8 @@ def test_what_an_experiment_sets_for_its_arms_does_not_touch_what_has_no_auxilia
     base = arms_base(own, baseline)
     (trial,) = arm_trials(c2al, base, ())
     assert {name: getattr(trial.config.train, name.removeprefix("train.")) for name in set_} == set_
-    assert [t.config.train for t in arm_trials(plain, base, ())] == [config.train]
+    averaged = dataclasses.replace(config.train, ema=0.9)
+    assert [t.config.train for t in arm_trials(plain, base, ())] == [averaged]
 
 
 def test_what_the_baseline_would_select_in_vain_is_refused(config):
