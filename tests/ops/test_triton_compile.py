@@ -39,10 +39,11 @@ def assert_no_spill(results):
     assert not bad, "\n".join(map(str, bad))
 
 
-def test_every_shipped_configuration():
-    """Each in one of the four variants that can be its costliest, in turn."""
+def test_shipped_configurations():
+    """What was timed and every third of the rest, in one of the four variants that can be its costliest, in turn."""
     results = compile_all(timeout=600)
-    assert len(results) > 100
+    assert sum(r["timed"] for r in results) > 20
+    assert len(results) > 70
     assert_no_spill(results)
 
 

@@ -3,8 +3,9 @@
     python triton_compile_cases.py [--costliest | --variants]
 
 A configuration is compiled for a full block. Four variants can be its costliest: both layouts, with and
-without LayerNorm, and with shared Y backward, whose dY lives across samples. Of these each configuration
-gets one, in turn; with --costliest, all four. --variants compiles every variant instead.
+without LayerNorm, and with shared Y backward, whose dY lives across samples. Of these each configuration that was
+timed on a card gets one, in turn, and so does every third of the others; with --costliest, all get all four.
+--variants compiles every variant instead.
 """
 
 import itertools
@@ -85,6 +86,8 @@ def cases(which):
                 for flags in itertools.product((True, False), repeat=3):
                     yield (direction, precision, config, *flags, element)
             else:
+                if not which and number % 3 and config not in MEASURED_CASES:
+                    continue
                 costliest = list(itertools.product((True, False), repeat=2))
                 for paper, norm in costliest if which == "--costliest" else [costliest[number % 4]]:
                     yield (direction, precision, config, paper, direction == "backward", norm, element)
