@@ -147,7 +147,7 @@ def _write_programs(
     _check_parameters(program, state, checkpoint)
     save_program(program, folder / VARIANTS["float"])
     if "aoti" in wanted:
-        save_compiled(program, folder / VARIANTS["aoti"], run.config.train.precision)
+        save_compiled(program, folder / VARIANTS["aoti"])
     if "int8" in wanted:
         int8 = traced(Int8Serving(run.config, _model(run, state, checkpoint)), dense)
         save_program(int8, folder / VARIANTS["int8"])

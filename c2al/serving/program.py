@@ -139,8 +139,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
         torch.export.save(program, cast(IO[bytes], sink))
 
 
-def save_compiled(program: ExportedProgram, path: Path, precision: str) -> None:
-    """Compiles with AOTInductor for this processor and writes the package. `precision` is that of training.
+def save_compiled(program: ExportedProgram, path: Path) -> None:
+    """Compiles with AOTInductor for this processor and writes the package.
 
     Raises BackendError when there is no C++ compiler or it fails, OutputError when the package cannot
     be written.
@@ -154,8 +154,7 @@ def save_compiled(program: ExportedProgram, path: Path, precision: str) -> None:
         raise BackendError("variant 'aoti' needs a C++ compiler: install g++, or name one in CXX") from e
     with _Sink(path) as sink:
         try:
-            options = cpu_kernels(precision)
-            aoti_compile_and_package(program, package_path=cast(IO[bytes], sink), inductor_configs=options)
+            aoti_compile_and_package(program, package_path=cast(IO[bytes], sink), inductor_configs=cpu_kernels())
         except RuntimeError as e:
             reason = str(e).strip().splitlines()[0]
             raise BackendError(f"variant 'aoti': AOTInductor cannot compile this model here: {reason}") from e

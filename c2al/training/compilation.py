@@ -5,6 +5,7 @@ they are; evaluation, scoring, diagnostics and export, which hook modules or mus
 """
 
 import logging
+import platform
 from typing import Any
 
 import torch
@@ -43,16 +44,22 @@ def compile_training(
     if choice == "auto" and before is None:
         pays = _pays(over, config, world, steps)
     if choice == "on" or (choice == "auto" and pays):
-        over.compiled = _Compiled(over, config.train.precision, required=choice == "on")
+        over.compiled = _Compiled(over, required=choice == "on")
 
 
-def cpu_kernels(precision: str) -> dict[str, Any]:
-    """Options of Inductor for its CPU kernels of a model that was trained in `precision`; a GPU's heed none of them.
+def cpu_kernels() -> dict[str, Any]:
+    """Options of Inductor for its CPU kernels; a GPU's heed none of them.
 
-    torch 2.13 with 512-bit vectors writes garbage where bfloat16 fields are transposed into a concatenation, in tiles
-    of 32 x 32: a layer of 64 fields, "fm_attention" beside "linear", gave NaN (docs/LOG.md).
+    GCC 12.2 makes garbage of torch's transpose of 32 x 32 bfloat16 values in 512-bit vectors when it vectorises
+    straight-line code, which -O3 asks for: a layer of 64 fields, "fm_attention" beside "linear", gave NaN
+    (docs/LOG.md). Inductor's own code is vectors already and loses nothing without. The processor's name is the
+    one setting that reaches the compiler's command line.
     """
-    return {"cpp.simdlen": 256} if precision == "bfloat16" else {}
+    if platform.machine() != "x86_64":
+        return {}
+    from torch._inductor import config
+
+    return {"cpp.march": f"{config.cpp.march or 'native'} -fno-tree-slp-vectorize"}
 
 
 def is_compiled(dmp: DistributedModelParallel) -> bool:
@@ -82,10 +89,10 @@ def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
 class _Compiled:
     """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required."""
 
-    def __init__(self, over: OverArch, precision: str, required: bool) -> None:
+    def __init__(self, over: OverArch, required: bool) -> None:
         self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
-        options: dict[str, Any] = {"fallback_random": True} | cpu_kernels(precision)
+        options: dict[str, Any] = {"fallback_random": True} | cpu_kernels()
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self.failed = required, False
 

@@ -171,7 +171,7 @@ def test_no_compiler_is_named(served, tmp_path):
         inductor_config.patch({"cpp.cxx": ("/no/such/compiler",)}),
         pytest.raises(BackendError, match=r"variant 'aoti' needs a C\+\+ compiler"),
     ):
-        save_compiled(program, tmp_path / "a.pt2", "float32")
+        save_compiled(program, tmp_path / "a.pt2")
 
 
 class OneSize(torch.nn.Module):
@@ -222,7 +222,7 @@ def test_a_compiled_bfloat16_layer_of_64_fields_equals_the_plain_one(tmp_path):
     torch.manual_seed(0)
     layer, x_BMD = Layer().eval(), torch.randn(64, 64, 64)
     with torch.no_grad():
-        save_compiled(torch.export.export(layer, (x_BMD,)), tmp_path / "a.pt2", "bfloat16")
+        save_compiled(torch.export.export(layer, (x_BMD,)), tmp_path / "a.pt2")
         found = torch._inductor.aoti_load_package(str(tmp_path / "a.pt2"))(x_BMD)
         torch.testing.assert_close(found.float(), layer(x_BMD).float(), rtol=0.05, atol=0.05)
 

@@ -67,7 +67,7 @@ def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
 
 
 def test_compiled_bfloat16_layers_of_64_fields_equal_plain_ones(config):
-    """Whatever the width of the vectors: tiles of 32 x 32 values that are transposed once held garbage."""
+    """Tiles of 32 x 32 values that are transposed once held garbage."""
     fields = 64 - len(config.data.sparse)
     wide = {"model.embedding_dim": 64, "model.dense_tokens": fields, "model.interactions": ("fm_attention", "linear")}
     torch.manual_seed(0)
@@ -76,8 +76,26 @@ def test_compiled_bfloat16_layers_of_64_fields_equal_plain_ones(config):
     pooled_BND = torch.randn(64, len(config.data.sparse), 64)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = over.interact(dense_BF, pooled_BND).float()
-        found = compilation._Compiled(over, "bfloat16", required=True)(dense_BF, pooled_BND).float()
+        found = compilation._Compiled(over, required=True)(dense_BF, pooled_BND).float()
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_transposes_of_any_size_equal_plain_ones(dtype):
+    """The compiler erred where one kernel transposes twice; sizes that fill tiles of every width, and their edges."""
+
+    def twice(a_BMD: torch.Tensor, c_BDM: torch.Tensor, bias_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        joined_BND = torch.cat([a_BMD, (c_BDM.mT.float() + bias_M[:, None]).to(dtype)], 1)
+        return joined_BND, joined_BND.mT.contiguous()
+
+    torch.manual_seed(0)
+    for rows, dim in itertools.product((8, 16, 17, 27, 32, 33, 64, 80, 128), (8, 16, 20, 32, 48, 64)):
+        operands = torch.randn(8, rows, dim, dtype=dtype), torch.randn(8, dim, rows, dtype=dtype), torch.randn(rows)
+        compiled = torch.compile(twice, dynamic=False, fullgraph=True, options=compilation.cpu_kernels())
+        for found, expected in zip(compiled(*operands), twice(*operands), strict=True):
+            assert torch.equal(found, expected), (rows, dim)
+        torch._dynamo.reset()
 
 
 def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, monkeypatch):
