@@ -147,8 +147,8 @@ def _estimate(value_SR: Float, judging: _Judging) -> tuple[Estimate, Spread | No
     per_seed = tuple(None if math.isnan(v) else float(v) for v in value_SR[:, 0])
     seed_std = float(value_SR[:, 0].std(ddof=1)) if len(per_seed) > 1 else None
     empty = Estimate(
-        value=None, interval=None, per_seed=per_seed, users_std=None, seed_std=None, df=None, users_interval=None,
-        reason=judging.missing,
+        value=None, interval=None, per_seed=per_seed, users_std=None, resampled_std=None, seed_std=None, df=None,
+        users_interval=None, reason=judging.missing,
     )  # fmt: skip
     if any(v is None for v in per_seed):
         return empty, None
@@ -170,6 +170,7 @@ def _estimate(value_SR: Float, judging: _Judging) -> tuple[Estimate, Spread | No
         interval=found.interval(config.confidence),
         per_seed=per_seed,
         users_std=math.sqrt(found.users_variance),
+        resampled_std=math.sqrt(found.resampled_variance),
         seed_std=seed_std,
         df=found.df,
         users_interval=(low, high),

@@ -64,9 +64,11 @@ def estimate_spread(estimate: Estimate, users: float) -> Spread | None:
     """The variances behind an estimate's interval; None without an interval. users: effective users."""
     if estimate.value is None or estimate.interval is None or estimate.users_std is None:
         return None
+    assert estimate.resampled_std is not None
     seeds = len(estimate.per_seed)
     seeds_variance = (estimate.seed_std or 0.0) ** 2 / seeds
-    return Spread(estimate.value, estimate.users_std**2, seeds_variance, max(users - 1, 1.0), seeds - 1)
+    users_df, resampled = max(users - 1, 1.0), estimate.resampled_std**2
+    return Spread(estimate.value, estimate.users_std**2, seeds_variance, users_df, seeds - 1, resampled)
 
 
 def judgement(found: Spread, p: float, adjusted: float, level: float, passes: bool) -> Judgement:

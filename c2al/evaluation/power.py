@@ -19,13 +19,15 @@ _MOST_USERS = 1e6
 def power(found: Spread, users: float, confidence: float, target: float = TARGET) -> Power | None:
     """The power statement of a design whose variances are those of `found`; None where it has no variance.
 
-    The estimated variances are taken as the true ones. The seeds' part holds how models meet these users,
-    which more users would lessen, so that `users_needed` errs towards more users.
+    The estimated variances are taken as the true ones, that of the seeds at least as large as how their models meet
+    these users. More users would lessen this part, so that `users_needed` errs towards more users.
     """
-    if not found.std:
-        return None
+    own = found.seeds_df + 1
     alpha, v_users = 1 - confidence, found.users_variance
-    seed_variance = found.seeds_variance * (found.seeds_df + 1)
+    seed_variance = own * max(found.seeds_variance, found.resampled_variance - v_users)
+    std = (v_users + seed_variance / own) ** 0.5
+    if not std:
+        return None
 
     def chance(difference: float, seeds: float, factor: float) -> float:
         """That `seeds` seeds and `factor` times the users see the difference."""
@@ -34,11 +36,10 @@ def power(found: Spread, users: float, confidence: float, target: float = TARGET
         a = exponent(df, round(alpha, 12)) if seed_variance else 1.0
         return rejection(difference / (v_u + v_s) ** 0.5, v_s / (v_u + v_s), df, alpha, a)
 
-    own = found.seeds_df + 1
     high = 1.0
-    while chance(high * found.std, own, 1.0) < POWER:
+    while chance(high * std, own, 1.0) < POWER:
         high *= 2
-    smallest = optimize.brentq(lambda x: chance(x * found.std, own, 1.0) - POWER, 0.0, high, xtol=1e-4) * found.std
+    smallest = optimize.brentq(lambda x: chance(x * std, own, 1.0) - POWER, 0.0, high, xtol=1e-4) * std
     seeds_needed = None
     if found.seeds_df:
         seeds_needed = _first(lambda n: chance(target, n, 1.0) >= POWER, 2, MOST_SEEDS)

@@ -9,7 +9,7 @@ from c2al.evaluation.tables import evaluation_csv, terminal_table
 from c2al.state import read_state, state_text
 from c2al.typed import Problems
 
-FORMAT, VERSION = "c2al.evaluation", 2
+FORMAT, VERSION = "c2al.evaluation", 3
 """Of evaluation.json; a file of another format or version is refused."""
 OVERALL, COHORT = "overall", "cohort"
 """Axis names of the whole test set, and of head and tail."""
@@ -52,6 +52,9 @@ class Estimate:
     users_std: float | None
     """Standard error of `value` that all seeds share, because they are scored on the same users. With
     one seed it also holds what that seed's model makes of these users."""
+    resampled_std: float | None
+    """Standard error of `value` over users alone, with the seeds held fixed. `interval` is never narrower than it
+    allows, however well the seeds agree."""
     seed_std: float | None
     """Standard deviation over seeds (n - 1); None with one seed."""
     df: float | None

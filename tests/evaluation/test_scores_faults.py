@@ -196,7 +196,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(version=1), r"version 1; this c2al reads 'c2al\.evaluation', version 2"),
+        (lambda t: t.update(version=1), r"version 1; this c2al reads 'c2al\.evaluation', version 3"),
         (lambda t: t.update(rows="many"), "rows: expected int"),
         (lambda t: t.update(more=1), "more: unknown key"),
         (lambda t: t["segments"][0].pop("users"), r"segments\[0\]\.users: missing"),

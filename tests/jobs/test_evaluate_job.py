@@ -122,7 +122,9 @@ def test_everything_against_a_bootstrap_written_out(tmp_path: Path):
         two = np.array([[diff(s, w * w_NR[rows, r]) for r in range(50)] for s in range(2)])
         shared = np.mean((two[0] - two[0].mean()) * (two[1] - two[1].mean())) * 50 / 49
         assert estimate.users_std == pytest.approx(math.sqrt(max(shared, 0)), rel=1e-7)
-        found = Spread(np.mean(per_seed), max(shared, 0), np.var(per_seed, ddof=1) / 2, segment.users - 1, 1)
+        mean = np.var(two.mean(axis=0), ddof=1)
+        assert estimate.resampled_std == pytest.approx(math.sqrt(mean), rel=1e-7)
+        found = Spread(np.mean(per_seed), max(shared, 0), np.var(per_seed, ddof=1) / 2, segment.users - 1, 1, mean)
         assert estimate.interval == pytest.approx(found.interval(0.95), rel=1e-7)
 
         for i, arm in enumerate(("baseline", "c2al")):
