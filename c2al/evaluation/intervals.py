@@ -42,7 +42,8 @@ Pair = tuple[float, float]
 
 EXCESS = 1.35
 """Most that the error rate may exceed alpha by, as a factor, in the worst ratio of the variances. At 2 seeds
-and 95% the coverage, without the floor, then lies in [93.2%, 97.0%]; a factor of 1 gives Howe's interval, up to 98.7%."""
+and 95% the coverage without the floor then lies in [93.2%, 97.0%]; a factor of 1 gives Howe's interval, up to
+98.7%."""
 SMALLEST_P = 1e-12
 """p-values below this are not told apart."""
 _NODES = 400
