@@ -58,6 +58,7 @@ class _Judging:
     missing: str
     """Why a value that needs both classes is undefined."""
     config: EvaluateConfig
+    comparisons: int
 
 
 def segment_estimates(
@@ -67,7 +68,7 @@ def segment_estimates(
     class_2R = sums.sums_VR[: bootstrap.RUNS]
     users = min(effective(class_R) for class_R in class_2R)
     missing = ("no rows", "no negatives", "no positives", "")[int(class_2R[1, 0] > 0) + 2 * int(class_2R[0, 0] > 0)]
-    judging = _Judging(users, missing, config)
+    judging = _Judging(users, missing, config, len(comparisons))
     metric_JR = {**bootstrap.metrics(sums.sums_VR, sums.auc_J), "gauc": grouped_auc(sums.grouped_VR)}
     first, runs = 0, {}
     for arm in arms:
@@ -131,7 +132,9 @@ def _difference(
         estimates=estimates,
         judgement=None,
         items_interval=_items_interval(sums.pairs_VR, a, b, judging.config) if main and found else None,
-        power=power(found, judging.users, judging.config.confidence) if main and found else None,
+        power=power(found, judging.users, 1 - (1 - judging.config.confidence) / judging.comparisons)
+        if main and found
+        else None,
     )
 
 

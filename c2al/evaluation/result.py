@@ -82,7 +82,8 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Power:
-    """What this design can see, at 80% power and the evaluation's confidence."""
+    """What this design can see, at 80% power and the evaluation's confidence over all comparisons: the level is that of
+    Holm's first step, (1 - confidence) / comparisons."""
 
     smallest: float
     """Smallest true NE_diff, in absolute value, that would be seen."""

@@ -22,8 +22,12 @@ CSV_COLUMNS = (
         "df",
         "p",
         "corrected_p",
+        "corrected_low",
+        "corrected_high",
         "passes",
         "verdict",
+        "items_low",
+        "items_high",
         "reason",
     ),
 )
@@ -33,12 +37,10 @@ def terminal_table(evaluation: "Evaluation") -> str:
     """One table per comparison; of a single arm, its metrics."""
     if not evaluation.comparisons:
         return _drawn(evaluation, _metric_columns(evaluation))
-    several = len(evaluation.comparisons) > 1
-    drawn = []
-    for i, (arm, against) in enumerate(evaluation.comparisons):
-        heading = f"{arm} against {against}\n" if several else ""
-        drawn.append(heading + _drawn(evaluation, _difference_columns(evaluation, i)))
-    return "\n\n".join(drawn)
+    return "\n\n".join(
+        f"{arm} against {against}\n" + _drawn(evaluation, _difference_columns(evaluation, i))
+        for i, (arm, against) in enumerate(evaluation.comparisons)
+    )
 
 
 def _drawn(evaluation: "Evaluation", columns: Sequence[Column]) -> str:
@@ -73,9 +75,11 @@ def _difference_columns(evaluation: "Evaluation", i: int) -> list[Column]:
         ("NE ref.", lambda s: number(s.arms[against]["ne"], "{:.5f}")),
         ("NE", lambda s: number(s.arms[arm]["ne"], "{:.5f}")),
         ("NE_diff", lambda s: number(ne(s), "{:+.3%}")),
-        (f"{evaluation.confidence:.0%} interval", lambda s: interval(ne(s), "{:+.3%}")),
+        (f"corrected {evaluation.confidence:.0%} interval", lambda s: _corrected(s.differences[i])),
         ("verdict", lambda s: verdict(s.differences[i])),
     ]
+    if evaluation.items:
+        columns.append(("users and items", lambda s: _bounds(s.differences[i].items_interval, "{:+.3%}")))
     if any(len(s.differences[i].estimates["ne"].per_seed) > 1 for s in evaluation.segments):
         columns.append(("seed sd", lambda s: _text(ne(s).seed_std, "{:.3%}")))
     for metric, title in (("calibration", "cal."), ("auc", "AUC"), ("gauc", "GAUC")):
@@ -90,12 +94,13 @@ def evaluation_csv(evaluation: "Evaluation") -> str:
     for s in evaluation.segments:
         segment = [s.axis, s.name, s.detail, s.rows, s.positives, s.users]
         for arm, estimates in s.arms.items():
-            rows += [[*segment, arm, "", metric, *_cells(e), *[None] * 4, e.reason] for metric, e in estimates.items()]
+            rows += [[*segment, arm, "", metric, *_cells(e), *[None] * 8, e.reason] for metric, e in estimates.items()]
         for d in s.differences:
             for metric, e in d.estimates.items():
                 j = d.judgement if metric == "ne" else None
-                judged = [j.p, j.corrected_p, j.passes, j.verdict] if j else [None] * 4
-                rows.append([*segment, d.arm, d.against, f"{metric}_diff", *_cells(e), *judged, e.reason])
+                judged = [j.p, j.corrected_p, *j.corrected_interval, j.passes, j.verdict] if j else [None] * 6
+                items = (metric == "ne" and d.items_interval) or (None, None)
+                rows.append([*segment, d.arm, d.against, f"{metric}_diff", *_cells(e), *judged, *items, e.reason])
     return csv_text(rows)
 
 
@@ -113,10 +118,18 @@ def number(estimate: "Estimate", form: str) -> str:
 
 def interval(estimate: "Estimate", form: str) -> str:
     """In square brackets, or why there is none."""
-    if estimate.interval is None:
-        return estimate.reason
-    low, high = (form.format(bound) for bound in estimate.interval)
-    return f"[{low}, {high}]"
+    return _bounds(estimate.interval, form) or estimate.reason
+
+
+def _corrected(difference: "Difference") -> str:
+    """The interval that the verdict follows, or why there is none."""
+    if difference.judgement is None:
+        return difference.estimates["ne"].reason
+    return _bounds(difference.judgement.corrected_interval, "{:+.3%}")
+
+
+def _bounds(bounds: tuple[float, float] | None, form: str) -> str:
+    return "" if bounds is None else f"[{', '.join(form.format(bound) for bound in bounds)}]"
 
 
 def _text(value: float | None, form: str) -> str:

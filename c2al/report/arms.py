@@ -7,7 +7,7 @@ from c2al.config import Arm, flat_settings
 from c2al.evaluation.result import COHORT, OVERALL, Difference, Segment
 from c2al.report import figures
 from c2al.report.experiment import Experiment
-from c2al.report.page import between, escaped, figure, number, table, value
+from c2al.report.page import between, counted, escaped, figure, number, table, value
 from c2al.report.record import ArmRecord, TrialRecord, repeated
 from c2al.report.verdict import FORM
 
@@ -17,7 +17,7 @@ MOST_BARS = 40
 _FOREST = "NE_diff of each arm against the baseline with its corrected interval; coloured if it excludes 0."
 
 
-_DIFFERENCE = ("NE_diff", "corrected interval", "verdict", "seeds below 0", "seed sd")
+_DIFFERENCE = ("verdict", "NE_diff", "corrected interval", "seeds below 0", "seed sd")
 """Titles of what `_difference` gives."""
 
 
@@ -28,7 +28,7 @@ def section(e: Experiment) -> str:
         note = f" (the same as those of {same[arm.name]})" if arm.name in same else ""
         about = [_settings(e, arm), ("; ".join(arm.cohorts) or "none") + note]
         if arm.chosen is None:
-            rows.append([arm.name, "–", "–", "not trained: see the verdict", "–", "–", "–", "–", *about])
+            rows.append([arm.name, "not trained: see the verdict", "–", "–", "–", "–", "–", "–", *about])
             continue
         found = [""] * 5 if arm is baseline else _difference(overall.difference(arm.name, baseline.name))
         ne = [value(overall.arms[arm.name]["ne"], "{:.5f}"), number(arm.chosen.mean_ne, "{:.5f}")]
@@ -41,20 +41,21 @@ def section(e: Experiment) -> str:
     return f"""<h2>Arms</h2>
 <p>Test NE and NE_diff are means over the seeds ({escaped(seeds)}). Intervals cover users and seeds together (bootstrap
 over users, {e.evaluation.replicates:,} replicates), at {e.evaluation.confidence:.0%}. Holm's method corrects them for
-the {len(overall.differences)} comparisons on the whole test set. An arm counts as lower or higher exactly if its
-corrected interval excludes 0.</p>
-{table(head, rows, text=(0, 3, 8, 9))}
+the {counted(len(overall.differences), "comparison")} on the whole test set. An arm counts as lower or higher exactly
+if its corrected interval excludes 0.</p>
+{table(head, rows, text=(0, 1, 8, 9))}
 {figure(figures.forest(drawn), _FOREST) if drawn else ""}
-{_against(others)}"""
+{_against(others)}
+{_items(e)}"""
 
 
 def _difference(d: Difference) -> list[str]:
     estimate, judgement = d.estimates["ne"], d.judgement
     below = sum(v is not None and v < 0 for v in estimate.per_seed)
     return [
+        judgement.verdict if judgement else estimate.reason,
         value(estimate, FORM),
         between(judgement.corrected_interval if judgement else None, FORM),
-        judgement.verdict if judgement else estimate.reason,
         f"{below} of {len(estimate.per_seed)}",
         number(estimate.seed_std, "{:.3%}"),
     ]
@@ -64,7 +65,33 @@ def _against(differences: list[Difference]) -> str:
     if not differences:
         return ""
     rows = [[d.arm, d.against, *_difference(d)] for d in differences]
-    return "<h3>Against the placebo</h3>" + table(["arm", "against", *_DIFFERENCE], rows, text=(0, 1, 4))
+    return "<h3>Against the placebo</h3>" + table(["arm", "against", *_DIFFERENCE], rows, text=(0, 1, 2))
+
+
+def _items(e: Experiment) -> str:
+    """The sensitivity interval over users and items, beside the one over users and seeds, both not corrected."""
+    if not e.evaluation.items:
+        return ""
+    rows = [
+        [
+            s.name if s.axis == OVERALL else f"{s.name}: {s.detail}",
+            d.arm,
+            d.against,
+            value(d.estimates["ne"], FORM),
+            between(d.estimates["ne"].interval, FORM),
+            between(d.items_interval, FORM),
+        ]
+        for s in e.evaluation.segments
+        if s.axis in (OVERALL, COHORT)
+        for d in s.differences
+        if s.axis == OVERALL or d.against == e.record.baseline.name
+    ]
+    head = ["", "arm", "against", "NE_diff", "users and seeds", "users, items and seeds"]
+    return f"""<h3>Other items</h3>
+<p>How far NE_diff would move on other items as well: users and the values of {escaped(e.evaluation.items)} are
+resampled together (pigeonhole bootstrap), on the whole test set and on the cohorts. Neither interval is corrected for
+the number of comparisons; no verdict follows the wider one.</p>
+{table(head, rows, text=(0, 1, 2))}"""
 
 
 def _declared(e: Experiment, arm: ArmRecord) -> Arm:
@@ -160,9 +187,10 @@ def power(e: Experiment) -> str:
     smallest = e.evaluation.overall.differences[0].power
     lead = f"This design would see a true NE_diff of {smallest.smallest:.3%} overall. " if smallest else ""
     head = ["", "arm", "against", "smallest NE_diff seen", f"seeds for {said}", f"users for {said}"]
-    return f"""<h2>Power</h2>
+    return f"""<h2 id="power">Power</h2>
 <p>{lead}The smallest difference that would be seen has an 80% chance to be told from 0 at
-{e.evaluation.confidence:.0%} confidence, before correction for several comparisons. The last columns say how many seeds
+{e.evaluation.confidence:.0%} confidence over {counted(len(e.evaluation.comparisons), "comparison")} (the first step of
+Holm's method). The last columns say how many seeds
 on these users, or how many users with these seeds, would see {said}.</p>
 {table(head, rows, text=(0, 1, 2))}"""
 

@@ -11,6 +11,8 @@ from c2al.report.verdict import FORM
 
 MOST_SEGMENTS = 30
 """Bars of one axis; the largest segments are drawn, all are in evaluation.csv."""
+MOST_NAMED = 3
+"""Segments of an arm that the table names."""
 MOST_PAIRS = 5
 """Pairs of cohorts listed for one axis."""
 MEASURES = {
@@ -63,10 +65,26 @@ def _by_arm(e: Experiment) -> str:
             for s in e.evaluation.segments
             if s.axis not in (OVERALL, COHORT) and (d := s.difference(arm.name, baseline)).judgement
         ]
-        cells += [str(sum(j is not None and j.verdict == v for j in judged)) for v in ("lower", "higher")]
+        cells += [_named(e, arm.name, v) for v in ("lower", "higher")]
         rows.append([*cells, str(len(judged))])
     head = ["arm", *(t for s in cohorts for t in (f"{s.name}: {s.detail}", "corrected interval"))]
-    return table([*head, "segments lower", "higher", "of"], rows, text=(0,))
+    last = len(head)
+    return table([*head, "segments lower", "segments higher", "of"], rows, text=(0, last, last + 1))
+
+
+def _named(e: Experiment, arm: str, verdict: str) -> str:
+    """How many segments pass with this verdict, and the largest of them by name."""
+    found = [
+        s
+        for s in e.evaluation.segments
+        if s.axis not in (OVERALL, COHORT)
+        and (j := s.difference(arm, e.record.baseline.name).judgement)
+        and j.verdict == verdict
+    ]
+    largest = sorted(found, key=lambda s: -s.rows)[:MOST_NAMED]
+    names = ", ".join(f"{s.axis} = {s.name}" for s in largest)
+    more = ", ..." if len(found) > len(largest) else ""
+    return f"{len(found)}: {names}{more}" if found else "0"
 
 
 def choice(e: Experiment) -> str:
@@ -118,7 +136,7 @@ def _divergence(found: dict[str, Any]) -> str:
     shown = _above(found["value"])
     if found.get("low") is None or found.get("high") is None or found["high"] <= 0:
         return shown
-    return f"{shown} ({_above(found['low'])} to {_above(found['high'])})"
+    return f"{shown} ({_above(found['low'], '{:.2g}')} to {_above(found['high'], '{:.2g}')})"
 
 
 def _bound(value: float | None) -> str:
@@ -127,8 +145,8 @@ def _bound(value: float | None) -> str:
     return number(value, "{:.3g}") if value > 0 else "not above 0"
 
 
-def _above(value: float) -> str:
-    return number(value, "{:.3g}") if value > 0 else "about 0"
+def _above(value: float, form: str = "{:.3g}") -> str:
+    return number(value, form) if value > 0 else "about 0"
 
 
 def densities(e: Experiment) -> str:

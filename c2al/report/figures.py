@@ -83,6 +83,24 @@ def _svg(figure: Any, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escaped(label)}"', 1).strip()
 
 
+_BEYOND = 3.0
+"""A segment's interval may be this many times as wide as the widest bar or passing interval before it is cut off."""
+
+
+def _range(bars: Sequence[tuple[str, int, Difference]]) -> tuple[float, float]:
+    """What the axis shows, in %: every bar, and every interval that passes; the others as far as there is room."""
+    kept: list[float] = [0.0]
+    others: list[float] = []
+    for _, _, difference in bars:
+        estimate, judgement = difference.estimates["ne"], difference.judgement
+        if estimate.value is not None and judgement is not None:
+            (kept if judgement.passes else others).extend(judgement.corrected_interval)
+            kept.append(estimate.value)
+    room = _BEYOND * (max(kept) - min(kept)) or max(map(abs, others), default=0.01)
+    low, high = max(min(kept + others), min(kept) - room), min(max(kept + others), max(kept) + room)
+    return 104 * low - 4 * high, 104 * high - 4 * low
+
+
 def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall: float | None) -> str:
     """NE_diff of each segment with its corrected interval (Fig. 6), bars (name, rows, difference).
 
@@ -90,6 +108,7 @@ def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall
     """
     with _figure(1, 1, 0.85 + 0.27 * len(bars)) as (figure, grid):
         ax = grid[0, 0]
+        left, right = _range(bars)
         for i, (_, _, difference) in enumerate(bars):
             estimate, judgement = difference.estimates["ne"], difference.judgement
             if estimate.value is None:
@@ -100,7 +119,15 @@ def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall
                 low, high = (100 * bound for bound in judgement.corrected_interval)
                 colour, alpha = (_VERDICTS[judgement.verdict], 0.9) if judgement.passes else (_INK, 0.2)
                 ax.barh(i, 100 * estimate.value, height=0.62, color=colour, alpha=alpha, lw=0)
-                ax.plot([low, high], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
+                ax.plot([max(low, left), min(high, right)], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
+                for bound, edge, arrow in ((low, left, "<"), (high, right, ">")):
+                    if abs(bound) > abs(edge) and bound * edge > 0:
+                        ax.plot(edge, i, marker=arrow, ms=5, color=_INK, clip_on=False)
+                        ax.annotate(
+                            f"{bound:+.1f}", (edge, i), (-6 if edge > 0 else 6, 4), textcoords="offset points",
+                            ha="right" if edge > 0 else "left", fontsize=7,
+                        )  # fmt: skip
+        ax.set_xlim(left, right)
         if overall is not None:
             ax.axvline(100 * overall, color=_INK, lw=0.9, ls=(0, (4, 3)), alpha=0.6)
         _rows(ax, [f"{figure_text(name)}  ({rows:,})" for name, rows, _ in bars])
@@ -244,11 +271,12 @@ def _rebinned(histogram: Sequence[int], edges: Float) -> Float:
 
 
 def curves(panels: dict[str, dict[str, list[tuple[Float, Float]]]]) -> str:
-    """Lines over training steps: panel title -> name -> one (x, y) for each seed."""
+    """Lines over training steps: panel title -> name -> one (x, y) for each seed. A name has one colour throughout."""
+    names = list(dict.fromkeys(name for named in panels.values() for name in named))
     with _figure(1, len(panels), 2.7) as (figure, grid):
         for ax, (title, named) in zip(grid[0], panels.items(), strict=True):
-            for position, (name, lines) in enumerate(named.items()):
-                colour = _colour(position + (0 if BASELINE in named else 2))
+            for name, lines in named.items():
+                colour = _colour(names.index(name) + (0 if BASELINE in names else 2))
                 for i, (x, y) in enumerate(lines):
                     marker = "o" if len(x) < 12 else None
                     label = figure_text(name) if i == 0 else None

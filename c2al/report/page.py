@@ -48,6 +48,11 @@ def between(interval: tuple[float, float] | None, form: str) -> str:
     return "no interval" if interval is None else " to ".join(number(bound, form) for bound in interval)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 comparison", "2 comparisons"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def figure(svg: str, caption: str = "") -> str:
     """On a narrow screen the figure scrolls in its own box, so that its words stay readable."""
     text = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""

@@ -108,6 +108,19 @@ def repeated(arms: Sequence[tuple[Arm, Hashable]]) -> dict[str, str]:
     return found
 
 
+def same_training(arms: Sequence[ArmRecord]) -> dict[str, str]:
+    """Arm -> an earlier arm whose selected trial has the same digest: the same settings, data and cohorts."""
+    found: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for arm in arms:
+        if arm.chosen is not None:
+            digest = arm.chosen.name.rpartition("-")[2]
+            if digest in first:
+                found[arm.name] = first[digest]
+            first.setdefault(digest, arm.name)
+    return found
+
+
 def _asked(arm: Arm) -> tuple[str, str, str, str, int]:
     return arm.cohorts, arm.axis, arm.keep, arm.file, arm.draw
 

@@ -4,12 +4,12 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #ffffff; --ink: #1c2430; --soft: #5d6876; --line: #dfe4ea; --panel: #f5f7f9;
-  --better: #1c7f53; --worse: #b8324f; --accent: #c05f1d;
+  --better: #1c7f53; --worse: #b8324f; --accent: #c05f1d; --edge: rgba(28, 36, 48, .35);
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #13171c; --ink: #e3e8ee; --soft: #97a3b1; --line: #2c343e; --panel: #1b2128;
-    --better: #4cc38a; --worse: #f0748c; --accent: #ef9a5b;
+    --better: #4cc38a; --worse: #f0748c; --accent: #ef9a5b; --edge: rgba(227, 232, 238, .4);
   }
 }
 * { box-sizing: border-box; }
@@ -32,7 +32,15 @@ p { margin: .5rem 0 .9rem; max-width: 74ch; }
 }
 .tile span { display: block; font-size: .86rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .better { color: var(--better); } .worse { color: var(--worse); }
-.scroll { overflow-x: auto; margin: .8rem 0 1.2rem; }
+.scroll { margin: .8rem 0 1.2rem; }
+.scroll, .draw {  /* a shadow at an edge says that there is more beyond it */
+  overflow-x: auto;
+  background:
+    linear-gradient(to right, var(--page) 40%, transparent) left / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--page) 40%, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to right, var(--edge), transparent) left / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge), transparent) right / 14px 100% no-repeat scroll;
+}
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
@@ -41,8 +49,7 @@ td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-wid
 tr.chosen td { background: var(--panel); font-weight: 600; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 1.6rem; }
-.draw { overflow-x: auto; }
-.draw svg { width: 100%; min-width: 620px; height: auto; display: block; }
+.draw svg { width: 100%; min-width: 520px; height: auto; display: block; }
 ul { padding-left: 1.2rem; max-width: 74ch; } li { margin: .25rem 0; }
 h1, li, p, figcaption, .tile { overflow-wrap: anywhere; }
 pre {
@@ -61,7 +68,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
   }
   html { font-size: 11px; } body { font-size: 1rem; } main { max-width: none; padding: 0; } p, ul { max-width: none; }
   table { font-size: .78rem; } th, td { padding: .2rem .3rem; white-space: normal; }
-  .scroll, .draw { overflow: visible; } .draw svg { min-width: 0; }
+  .scroll, .draw { overflow: visible; background: none; } .draw svg { min-width: 0; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: visible; font-size: .75rem; }
   pre.tall { max-height: none; columns: 3; }
   figure, .tile, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 1.6rem; }

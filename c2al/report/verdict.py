@@ -2,8 +2,8 @@
 
 from c2al.evaluation.result import COHORT, OVERALL, Difference, Evaluation, Segment
 from c2al.report.experiment import Experiment
-from c2al.report.page import between, escaped, number
-from c2al.report.record import ArmRecord, Record
+from c2al.report.page import between, counted, escaped, number
+from c2al.report.record import ArmRecord, Record, same_training
 
 FORM = "{:+.3%}"
 MOST_SENTENCES = 4
@@ -45,7 +45,38 @@ def findings(record: Record) -> list[str]:
     for arm in record.arms:
         if arm.finding:
             reasons.setdefault(arm.finding, []).append(arm.name)
-    return [f"Not trained: {', '.join(names)}. {reason}" for reason, names in reasons.items()]
+    return [f"Not trained: {', '.join(names)}. {r[:1].upper()}{r[1:]}" for r, names in reasons.items()]
+
+
+def unseen(d: Difference) -> list[str]:
+    """Where no difference is shown: which one would have been, and how many seeds or users the target takes."""
+    if d.power is None or d.judgement is None or d.judgement.passes:
+        return []
+    ways = []
+    if d.power.seeds_needed is not None:
+        ways.append(f"{d.power.seeds_needed:,} seeds on these users")
+    if d.power.users_needed is not None:
+        ways.append(f"{d.power.users_needed:,.0f} effective users with these seeds")
+    needed = " or ".join(ways) or "both more seeds and more users"
+    return [
+        f"This design sees an NE_diff from {d.power.smallest:.3%} on, in four of five cases. "
+        f"{d.power.target:.1%} would take {needed}."
+    ]
+
+
+def cautions(record: Record) -> list[str]:
+    """What a reader must know of how the arms were tuned: unequal numbers of trials, and arms that are one training."""
+    said = []
+    tuned = [a for a in record.done if len(a.trials) > len(record.baseline.trials)]
+    if tuned:
+        most = max(len(a.trials) for a in tuned)
+        said.append(
+            f"{', '.join(a.name for a in tuned)} chose from up to {most} settings, the baseline from "
+            f"{len(record.baseline.trials)}: a gain may be that of tuning. experiment.select tunes the baseline."
+        )
+    for arm, earlier in same_training(record.done).items():
+        said.append(f"{arm} kept the settings and cohorts of {earlier}: they are one answer, not two.")
+    return said
 
 
 def harmed(evaluation: Evaluation, arm: ArmRecord, other: ArmRecord) -> list[str]:
@@ -72,14 +103,16 @@ def harmed(evaluation: Evaluation, arm: ArmRecord, other: ArmRecord) -> list[str
 
 
 def sentences(record: Record, evaluation: Evaluation) -> list[str]:
-    """The verdict in words: main arm, against its placebo, where it harms, findings, the other arms."""
+    """The verdict in words: main arm, what could be seen, against its placebo, where it harms, cautions, findings, the
+    other arms."""
     said = []
     if main := record.main:
         said.append(against(evaluation, main, record.baseline))
+        said += unseen(evaluation.overall.difference(main.name, record.baseline.name))
         if record.placebo:
             said.append(against(evaluation, main, record.placebo))
         said += harmed(evaluation, main, record.baseline)
-    said += findings(record)
+    said += cautions(record) + findings(record)
     others = [a for a in record.done if a is not main]
     if len(others) <= MOST_SENTENCES:
         return said + [against(evaluation, a, record.baseline) for a in others]
@@ -99,12 +132,12 @@ def section(e: Experiment) -> str:
         segments = [s for s in e.evaluation.segments if s.axis in (OVERALL, COHORT)]
         tiles = f'<div class="tiles">{"".join(_tile(s, e.main.name, e.record.baseline.name) for s in segments)}</div>'
     more = "".join(f"<li>{escaped(s)}</li>" for s in rest)
-    seeds = len(e.record.seeds)
     return f"""<h1>{escaped(_title(e))}</h1>
 <p class="lead">{escaped(lead)}</p>
 {f"<ul>{more}</ul>" if more else ""}
 {tiles}
-<p class="soft">{e.evaluation.rows:,} test impressions, {seeds} seed{"s" * (seeds != 1)}. NE is Normalized Entropy: the
+<p class="soft">{e.evaluation.rows:,} test impressions, {counted(len(e.record.seeds), "seed")}; what this design can
+see stands under <a href="#power">Power</a>. NE is Normalized Entropy: the
 log loss over the entropy of the average label; lower is better. NE_diff = (NE of the arm − NE of the other) / NE of the
 other. All models of a seed start from the same weights and read the same batches; auxiliary losses exist in training
 only. A placebo has cohorts of the same sizes whose users are drawn at random: what it gains does not come from the

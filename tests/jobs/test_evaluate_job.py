@@ -396,7 +396,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     job.run(parser.parse_args([*words, "--pair", *pair]), ["--evaluate.replicates", "30"])
     out, log = capsys.readouterr()
     assert log == "axes left out, since their cuts are in a cohorts.json (--cohorts): w\n"
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [["overall", "overall"], ["s", "a"], ["s", "b"]]
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [["overall", "overall"], ["s", "a"], ["s", "b"]]
     assert load_config(tmp_path / "out" / "config.toml").evaluate.replicates == 30
     assert read_evaluation(tmp_path / "out" / "evaluation.json").replicates == 30
     job.run(parser.parse_args([*words, "--scores", pair[0]]), [])

@@ -191,13 +191,19 @@ def test_changed_discovery_or_evaluation_trains_nothing_again(done, tmp_path, ch
     assert read_record(copy / "out").baseline.trials == record.baseline.trials
 
 
-def test_an_item_column_that_is_no_axis_gives_the_interval_over_users_and_items(done, tmp_path):
+def test_an_item_column_that_is_no_axis_gives_the_interval_over_users_and_items(done, tmp_path, capsys):
     shutil.copytree(done / "out", tmp_path / "out", copy_function=shutil.copy2)
     shutil.copy(done / "c.toml", tmp_path / "c.toml")
     assert main(words(tmp_path, "--evaluate.items", "item_id")) == 0
     evaluation = read_evaluation(tmp_path / "out" / "evaluation" / "evaluation.json")
     assert evaluation.items == "item_id"
     assert all(d.items_interval is not None for d in evaluation.segments[0].differences)
+    low, high = evaluation.overall.difference("c2al", "baseline").items_interval
+    shown = f"{low:+.3%} to {high:+.3%}".replace("-", "\N{MINUS SIGN}")
+    assert shown in (tmp_path / "out" / "report.html").read_text()
+    assert f"[{low:+.3%}, {high:+.3%}]" in capsys.readouterr().out
+    cells = (tmp_path / "out" / "evaluation" / "evaluation.csv").read_text()
+    assert repr(low) in cells
 
 
 def test_a_run_again_that_fails_leaves_the_old_report_with_all_that_it_was_made_of(done, tmp_path, monkeypatch, capsys):
@@ -409,7 +415,7 @@ def test_without_cohorts_an_arm_ends_with_a_finding_and_the_experiment_goes_on(t
     assert c2al.selected is None
     assert c2al.finding
     assert slower.selected == 0
-    assert f"Not trained: c2al. {c2al.finding}" in capsys.readouterr().out
+    assert f"Not trained: c2al. {c2al.finding[0].upper()}{c2al.finding[1:]}" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.html").exists()
     assert not (tmp_path / "out" / "serving").exists()
 
@@ -581,7 +587,7 @@ def test_an_axis_without_a_pair_ends_its_own_arm_only(tmp_path, capsys):
     few, surfaces = read_record(tmp_path / "out").arms
     assert few.selected is None
     assert surfaces.selected == 0
-    assert f"Not trained: few. {few.finding}" in capsys.readouterr().out
+    assert f"Not trained: few. {few.finding[0].upper()}{few.finding[1:]}" in capsys.readouterr().out
 
 
 UNUSABLE = {

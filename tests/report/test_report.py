@@ -15,13 +15,14 @@ from torch import nn
 
 from c2al.config import Arm, parse_config, save_config
 from c2al.errors import C2ALError
-from c2al.evaluation.result import Segment, read_evaluation
+from c2al.evaluation.result import Difference, Estimate, Judgement, Segment, read_evaluation
 from c2al.experiment.run import evaluate_record
 from c2al.nn.interactions import StaticY, YSource
+from c2al.report import figures
 from c2al.report.dynamics import y_differences
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
-from c2al.report.record import ArmRecord, Record, TrialRecord, read_record, repeated
+from c2al.report.record import ArmRecord, Record, TrialRecord, read_record, repeated, same_training
 from c2al.report.verdict import harmed, sentence
 from c2al.training.diagnostics import YRecorder
 
@@ -185,20 +186,20 @@ def make_experiment(
     records = []
     for name, (source, gain) in {"baseline": ("none", 0.0), **arms}.items():
         for seed in seeds:
-            training = folder / "trainings" / f"{name}-2" / f"seed_{seed}"
+            training = folder / "trainings" / f"{name}-{digest(name)}2" / f"seed_{seed}"
             write_scores(training / "scores_test-a", 0.8 - gain, rng, z, columns)
             (training / "run").mkdir()
             (training / "run" / "metrics.jsonl").write_text(metrics(name != "baseline", seed, gain / 15))
         grid = [] if name == "baseline" else [0.1, 0.3, 1.0]
         trials = tuple(
             TrialRecord(
-                name=f"{name}-{i + 1}",
+                name=f"{name}-{digest(name)}{i + 1}",
                 settings={"train": {"auxiliary_lambda": value}},
                 validation_ne=tuple(0.9 + 0.01 * (value - 0.3) ** 2 + 0.001 * s for s in seeds),
             )
             for i, value in enumerate(grid)
         )
-        alone = TrialRecord(name=f"{name}-2", settings={}, validation_ne=tuple(0.91 for _ in seeds))
+        alone = TrialRecord(name=f"{name}-{digest(name)}2", settings={}, validation_ne=tuple(0.91 for _ in seeds))
         records.append(
             ArmRecord(
                 name=name,
@@ -206,7 +207,7 @@ def make_experiment(
                 cohorts=() if name == "baseline" else ("head: tab = feed", f"tail: tab = {HOSTILE}"),
                 trials=trials or (alone,),
                 selected=1 if trials else 0,
-                scores=tuple(f"trainings/{name}-2/seed_{s}/scores_test-a" for s in seeds),
+                scores=tuple(f"trainings/{name}-{digest(name)}2/seed_{s}/scores_test-a" for s in seeds),
                 finding="",
             )
         )
@@ -217,6 +218,11 @@ def make_experiment(
     record = Record(seeds=seeds, discovery=discovery, finding="", baseline=baseline, arms=tuple(others))
     record.write(folder)
     evaluate_record(record, config, folder)
+
+
+def digest(arm: str) -> str:
+    """Of what an arm trained with; that of no other arm."""
+    return arm.encode().hex()
 
 
 def test_arms_that_share_their_cohorts_on_purpose_are_no_repetition():
@@ -296,21 +302,21 @@ def by_title(page: Page, *titles: str) -> list[list[str]]:
 def test_report_holds_the_numbers_of_the_evaluation(experiment: Path):
     page = Page(write_report(experiment))
     overall = read_evaluation(experiment / "evaluation" / "evaluation.json").overall
-    rows = {row[0]: row for row in by_title(page, "arm", "NE_diff")}
+    rows = {row[0]: row for row in by_title(page, "arm", "verdict", "NE_diff")}
     assert list(rows) == ["baseline", "c2al", "placebo"]
     for arm in ("c2al", "placebo"):
         difference = overall.difference(arm, "baseline")
         estimate, judgement = difference.estimates["ne"], difference.judgement
-        assert percent(rows[arm][1]) == pytest.approx(estimate.value, abs=6e-6)
-        assert [percent(v) for v in rows[arm][2].split(" to ")] == pytest.approx(judgement.corrected_interval, abs=6e-6)
-        assert rows[arm][3] == judgement.verdict
+        assert rows[arm][1] == judgement.verdict
+        assert percent(rows[arm][2]) == pytest.approx(estimate.value, abs=6e-6)
+        assert [percent(v) for v in rows[arm][3].split(" to ")] == pytest.approx(judgement.corrected_interval, abs=6e-6)
         assert rows[arm][8] == "auxiliary_lambda = 0.3"
     assert by_title(page, "arm", "against")[0][:2] == ["c2al", "placebo"]
 
 
 def test_the_sections_stand_in_the_order_of_the_argument(experiment: Path):
     text = write_report(experiment).read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", text) == [
         "Arms",
         "Lambda",
         "NE_diff by segment",
@@ -421,7 +427,7 @@ def test_figures_take_the_colour_of_the_page(experiment: Path):
         assert "currentColor" in svg
         assert "<text" in svg  # words, not outlines
         assert not re.search(r"(fill|stroke): ?(#000000|#ffffff|black|white)", svg)
-    identifiers = re.findall(r' id="([^"]+)"', text)
+    identifiers = set(re.findall(r' id="([^"]+)"', text)) - {"power"}
     # What is left of ids is named after its content: equal names, equal things.
     assert all(re.fullmatch(r"[a-z]\w{10,}", i) for i in identifiers)
 
@@ -495,6 +501,50 @@ def test_a_long_name_breaks_at_its_joints(experiment: Path):
     assert "auxiliary_<wbr>lambda = 0.3" in text
 
 
+def test_arms_of_one_training_and_grids_that_the_baseline_had_none_of_are_said(experiment: Path):
+    record = read_record(experiment)
+    words = Page(write_report(experiment)).words
+    assert "c2al, placebo chose from up to 3 settings, the baseline from 1: a gain may be that of tuning" in words
+    assert "one answer, not two" not in words
+    (arm, other), trial = record.arms, record.arms[0].trials[1]
+    again = dataclasses.replace(
+        other, trials=(dataclasses.replace(trial, name="again-" + digest("c2al") + "2"),), selected=0
+    )
+    assert same_training((record.baseline, arm, again)) == {other.name: "c2al"}
+
+
+def test_what_could_be_seen_is_said_where_no_difference_is_shown(tmp_path: Path):
+    make_experiment(tmp_path, {"c2al": ("chosen", 0.0), "placebo": ("shuffled", 0.0)})
+    power = read_evaluation(tmp_path / "evaluation" / "evaluation.json").overall.difference("c2al", "baseline").power
+    page = Page(write_report(tmp_path))
+    assert f"This design sees an NE_diff from {power.smallest:.3%} on" in page.words
+    assert 'href="#power"' in (tmp_path / "report.html").read_text()
+
+
+def test_one_segment_of_wide_interval_hides_no_other():
+    """It is cut off and says how far it reaches; the axis shows every bar and every interval that passes."""
+
+    def bar(name: str, value: float, half: float, verdict: str) -> tuple[str, int, Difference]:
+        of = dict.fromkeys(("users_std", "resampled_std", "seed_std", "df", "users_interval"))
+        ne = Estimate(value=value, interval=(value - half, value + half), per_seed=(value,), **of)
+        passes = verdict != "no difference shown"
+        judged = Judgement(
+            p=0.5, corrected_p=0.5, corrected_interval=(value - half, value + half), passes=passes, verdict=verdict,
+            words="",
+        )  # fmt: skip
+        return name, 10, Difference(
+            arm="a", against="b", estimates={"ne": ne}, judgement=judged, items_interval=None, power=None
+        )  # fmt: skip
+
+    bars = [bar("small", -0.002, 0.0005, "lower"), bar("rare", 0.001, 0.6, "no difference shown")]
+    low, high = figures._range(bars)
+    assert -2 < low < -0.25
+    assert 0.1 < high < 2
+    svg = figures.segment_bars("axis", bars, None)
+    assert "+60.1" in svg
+    assert "59.9" in svg
+
+
 def test_one_seed_is_said_as_such(tmp_path: Path):
     make_experiment(tmp_path, {"c2al": ("chosen", 0.2)}, seeds=(0,))
     assert "one seed says nothing about other seeds" in Page(write_report(tmp_path)).words
@@ -504,15 +554,15 @@ def test_arms_that_came_to_nothing_say_why(tmp_path: Path):
     finding = f"no pair differs beyond noise on {HOSTILE}"
     make_experiment(tmp_path, {"other": ("random", 0.0)}, findings={"c2al": finding, "placebo": finding})
     page = Page(write_report(tmp_path))
-    assert f"Not trained: c2al, placebo. {finding}" in page.words
-    rows = {row[0]: row for row in by_title(page, "arm", "NE_diff")}
-    assert rows["c2al"][3].startswith("not trained")
+    assert f"Not trained: c2al, placebo. No{finding.removeprefix('no')}" in page.words
+    rows = {row[0]: row for row in by_title(page, "arm", "verdict")}
+    assert rows["c2al"][1].startswith("not trained")
 
 
 def test_without_any_arm_that_came_to_something_there_is_a_report(tmp_path: Path):
     make_experiment(tmp_path, {}, findings={"c2al": "nothing differs"}, discovery="")
     page = Page(write_report(tmp_path))
-    assert "Not trained: c2al. nothing differs" in page.words
+    assert "Not trained: c2al. Nothing differs" in page.words
     assert "No comparison has an interval" in page.words
 
 
@@ -537,7 +587,12 @@ def test_a_segment_that_does_not_pass_is_grey(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "name",
-    ["command.txt", "cohorts-0123456789/cohorts.json", "trainings/c2al-2/seed_1/run/metrics.jsonl", "experiment.json"],
+    [
+        "command.txt",
+        "cohorts-0123456789/cohorts.json",
+        f"trainings/c2al-{digest('c2al')}2/seed_1/run/metrics.jsonl",
+        "experiment.json",
+    ],
 )
 def test_a_missing_file_is_named(experiment: Path, tmp_path: Path, name: str):
     copy = tmp_path / "copy"
@@ -553,7 +608,7 @@ def test_a_missing_file_is_named(experiment: Path, tmp_path: Path, name: str):
 def test_a_line_of_a_log_that_is_no_record_is_named(experiment: Path, tmp_path: Path, line: str):
     copy = tmp_path / "copy"
     shutil.copytree(experiment, copy)
-    log = copy / "trainings" / "c2al-2" / "seed_1" / "run" / "metrics.jsonl"
+    log = copy / "trainings" / f"c2al-{digest('c2al')}2" / "seed_1" / "run" / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
     with pytest.raises(C2ALError, match=re.escape("metrics.jsonl, line 2: not")):
