@@ -13,6 +13,9 @@ from pathlib import Path
 from c2al.config.reference import help_text
 from c2al.errors import C2ALError, ConfigError
 from c2al.text import redacted
+from c2al.typed import hint
+
+DESCRIPTION = "Trains click and conversion models with Cohort-Contrastive Auxiliary Learning (C2AL)."
 
 JOBS = {
     "train": "train a model on Parquet impressions",
@@ -98,9 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     _only_our_own_warnings()
     _print_any_name()
-    parser = argparse.ArgumentParser(prog="c2al", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="c2al", description=DESCRIPTION, allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     job_name = words[0] if words else ""
+    unknown = bool(job_name) and not job_name.startswith("-") and job_name not in JOBS
     for name, description in JOBS.items():
         job = jobs.add_parser(name, help=description, description=description, allow_abbrev=False)
         if name == job_name:
@@ -109,6 +113,11 @@ def _run(words: list[str]) -> int:
             module.add_arguments(job)
             if name in SETTINGS:
                 job.formatter_class, job.epilog = argparse.RawDescriptionHelpFormatter, help_text(SETTINGS[name])
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if unknown:
+        parser.error(f"no job '{job_name}'{hint(job_name, JOBS) or '; there are ' + ', '.join(JOBS)}")
     known, overrides = parser.parse_known_args(words)
     try:
         _refuse_uris(known)

@@ -52,11 +52,15 @@ def build(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     return _build_scalar(kind, value, path, problems)
 
 
+PLAIN = {bool: "true or false", int: "integer", float: "number", str: "string"}
+"""Types in the words of the documents."""
+
+
 def _build_scalar(kind: type, value: Any, path: str, problems: list[str]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and value in INT64:
         return float(value)
     if type(value) is not kind:
-        problems.append(f"{path}: expected {kind.__name__}, got {_name_of(value)} {_short(value)}")
+        problems.append(f"{path}: expected {PLAIN.get(kind, kind.__name__)}, got {_name_of(value)} {_short(value)}")
         return None
     if isinstance(value, float) and not math.isfinite(value):
         problems.append(f"{path}: must be finite, is {value}")
@@ -123,7 +127,9 @@ def _build_dataclass(kind: type, value: Any, path: str, problems: list[str]) -> 
 
 
 def _name_of(value: Any) -> str:
-    return {"dict": "section", "str": "string", "NoneType": "nothing"}.get(type(value).__name__, type(value).__name__)
+    kind = type(value)
+    words = {**PLAIN, bool: "boolean", dict: "section", type(None): "nothing"}
+    return words.get(kind, kind.__name__)
 
 
 def _short(value: Any) -> str:

@@ -69,6 +69,8 @@ def train_and_score(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python examples/library.py FOLDER")
     print("after one step:", one_step().tolist())
     scores = train_and_score(Path(sys.argv[1]))
     print(f"{pq.read_table(scores).num_rows:,} rows scored into {scores}")

@@ -139,3 +139,16 @@ def test_an_interrupt_while_a_job_is_imported_is_no_traceback(monkeypatch, capsy
     monkeypatch.setattr(importlib, "import_module", stop)
     assert main(["score"]) == 130
     assert capsys.readouterr().err == "c2al score: interrupted\n"
+
+
+def test_a_misspelt_job_is_answered_with_the_one_that_was_meant(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["experment"])
+    assert caught.value.code == 2
+    assert "no job 'experment'; did you mean 'experiment'?" in capsys.readouterr().err
+
+
+def test_no_job_lists_the_jobs(capsys):
+    assert main([]) == 2
+    text = capsys.readouterr().err
+    assert all(description in " ".join(text.split()) for description in JOBS.values())

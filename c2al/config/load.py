@@ -52,13 +52,23 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: st
 def parse_sections(kind: type[T], tree: dict[str, Any], overrides: Sequence[str], source: str) -> T:
     """`parse_config` for a job that needs only some sections: `kind` is a dataclass of these."""
     problems: list[str] = []
+    given: list[str] = []
     for path, value in with_presets(_parse_overrides(overrides, problems)):
+        given.append(path)
         _apply(tree, path, value, problems)
     expand(tree)
     sections = build(kind, tree, "", problems)
     if problems:
-        raise ConfigError([f"{source}: {p}" for p in problems])
+        raise ConfigError([_blamed(p, given, source) for p in problems])
     return typing.cast(T, sections)
+
+
+def _blamed(problem: str, given: Sequence[str], source: str) -> str:
+    """`problem` with where it comes from: the file, or the command line for a path in `given`."""
+    if problem.startswith("command line: "):
+        return problem
+    ours = any(problem.startswith((f"{p}:", f"{p}.", f"{p}[")) for p in given)
+    return f"command line (over {source}): {problem}" if ours and source != "command line" else f"{source}: {problem}"
 
 
 def dump_config(config: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from c2al.config.load import to_toml
 from c2al.config.schema import Config
+from c2al.typed import PLAIN
 
 HEAD = """# Configuration
 
@@ -149,9 +150,8 @@ def words(hint: Any) -> str:
         inner = words(args[0])
         return f"list of {inner}" if typing.get_origin(args[0]) is Literal else f"list of {inner}s"
     if origin is dict:
-        return f"section of {words(args[1])}s"
-    plain = {bool: "true or false", int: "integer", float: "number", str: "string"}
-    return plain.get(hint, getattr(hint, "__name__", str(hint)))
+        return "section" if args[1] is Any else f"section of {words(args[1])}s"
+    return PLAIN.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def docstrings(kind: type) -> dict[str, str]:

@@ -158,11 +158,18 @@ def _is_id(kind: pa.DataType) -> bool:
     return not is_list(kind) and (is_text(leaf(kind)) or pa.types.is_integer(leaf(kind)))
 
 
+def _listed(names: Sequence[str]) -> str:
+    """At most 20 of the names, and how many more there are."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(f"'{n}'" for n in names[:20]) or "no columns") + more
+
+
 def _type_of(file: Columns, column: str, needed: str = "") -> pa.DataType:
     count = file.schema.names.count(column)
     if count > 1:
         raise DataError(f"{file.name}: column '{column}' is there {count} times")
     if not count:
         use = f"; needed is {needed}" if needed else ""
-        raise DataError(f"{file.name}: no column '{column}'{use}{hint(column, file.schema.names)}")
+        close = hint(column, file.schema.names) or f"; there are {_listed(file.schema.names)}"
+        raise DataError(f"{file.name}: no column '{column}'{use}{close}")
     return file.schema.field(column).type

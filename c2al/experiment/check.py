@@ -19,7 +19,9 @@ def check(config: Config, share: Share) -> None:
     """Raises ConfigError with every problem of a configuration that is no experiment."""
     problems = share_problems(share, config)
     problems += _baseline_problems(config)
-    problems += [f"data.{s}: an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)]
+    problems += [
+        f"data.{s}: names no files; an experiment needs all three splits" for s in SPLITS if not getattr(config.data, s)
+    ]
     try:
         carried_columns(config)
     except ConfigError as e:

@@ -1,12 +1,14 @@
 import dataclasses
 import re
 import tomllib
+from typing import Any
 
 import pytest
 from torch import nn
 
 from c2al.config import dump_config, load_config, parse_config, redacted_config, replace, save_config
 from c2al.config.names import TAKEN
+from c2al.config.reference import words as in_words
 from c2al.errors import ConfigError
 
 TREE = {
@@ -45,10 +47,10 @@ def test_every_problem_is_reported_at_once_with_its_path(tmp_path):
     text = str(caught.value)
     for expected in (
         "sed: unknown key; did you mean 'seed'?",
-        "data.label: expected str, got int 3",
+        "data.label: expected string, got integer 3",
         "data.sparse[0].colum: unknown key; did you mean 'column'?",
         "data.sparse[0].column: missing",
-        "data.sparse[0].num_embeddings: expected int, got string 'many'",
+        "data.sparse[0].num_embeddings: expected integer, got string 'many'",
         "model.norm: 'lair' is none of 'layer', 'rms', 'none'; did you mean 'layer'?",
     ):
         assert expected in text
@@ -82,7 +84,7 @@ def test_an_arm_that_no_folder_could_hold_is_refused_before_the_baseline_trains(
         ({"model.interactions": ("cross", "cross")}, "model.interactions: must name each module at most once"),
         ({"discover.axes": ("aa",)}, "discover.axes: unknown axis 'aa'; did you mean 'a'?"),
         ({"data.label": "a"}, "data.sparse: column 'a' is the label"),
-        ({"seed": True}, "seed: expected int, got bool True"),
+        ({"seed": True}, "seed: expected integer, got boolean True"),
         ({"train.dropout": 0.1}, "train.dropout: unknown key"),
         ({"model.dropout": float("nan")}, "model.dropout: must be finite"),
         ({"data.label.x": 1}, "'label' is not a section"),
@@ -227,7 +229,7 @@ def test_overrides_that_make_no_sense(tmp_path):
             "axes.0.name: 'axes' is a list, which an override replaces as a whole: --axes='[...]'",
         ),
         (["--data.sparse.a", "b"], "data.sparse.a: 'data.sparse' is a list"),
-        (["--seed", "1\nx = 2"], "seed: expected int, got string"),
+        (["--seed", "1\nx = 2"], "seed: expected integer, got string"),
     ):
         with pytest.raises(ConfigError) as caught:
             parse_config(copy(), words)
@@ -242,3 +244,18 @@ def test_overrides_that_make_no_sense(tmp_path):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_config(TREE).seed = 3  # type: ignore[misc]
+
+
+def test_a_fault_is_blamed_on_where_it_was_written(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("sed = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["--train.batchsize", "5"])
+    assert {p for p in caught.value.problems if "unknown key" in p} == {
+        f"command line (over {path}): train.batchsize: unknown key; did you mean 'batch_size'?",
+        f"{path}: sed: unknown key; did you mean 'seed'?",
+    }
+
+
+def test_a_dictionary_of_anything_is_a_section_in_words():
+    assert in_words(dict[str, Any]) == "section"

@@ -61,6 +61,6 @@ def test_a_preset_that_does_not_exist_is_refused_with_the_known_ones():
 
 
 def test_an_explicit_section_of_the_wrong_kind_is_reported_once():
-    with pytest.raises(ConfigError, match=r"model\.fm: expected a section, got int 3") as caught:
+    with pytest.raises(ConfigError, match=r"model\.fm: expected a section, got integer 3") as caught:
         made(preset="wukong", fm=3)
     assert str(caught.value).count("model.fm") == 1

@@ -131,7 +131,7 @@ DAMAGES = {
     "bad UTF-8": (lambda p: p.write_bytes(b'{"format": "\xff"}'), "not UTF-8: byte 12"),
     "nested": (lambda p: p.write_text(nest(p.read_text())), "nested too deeply"),
     "a pickle": (lambda p: p.write_bytes(pickle.dumps({"step": 2})), "not UTF-8|not strict JSON"),
-    "step": (lambda p: change(p, step="2"), "damaged: step: expected int, got string '2'"),
+    "step": (lambda p: change(p, step="2"), "damaged: step: expected integer, got string '2'"),
     "negative step": (lambda p: change(p, step=-2), "damaged: step: must not be negative"),
     "huge step": (lambda p: change(p, step=10**30), "damaged: step: an integer beyond 64 bits"),
     "another step": (lambda p: change(p, step=1), r"its complete\.json is of step 1"),
