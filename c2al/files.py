@@ -9,11 +9,10 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from c2al.errors import LockedError, OutputError
-from c2al.text import terminal
 
 LOCK = ".lock"
 """Name of the lock file in a folder that a job writes."""
@@ -74,22 +73,6 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(e, OSError) and str(e.filename or temporary).startswith(str(temporary)):
             raise OutputError(f"{target}: cannot be written: {e.strerror or e}") from e
         raise
-
-
-def refuse_foreign(folder: Path, known: Collection[str], what: str) -> None:
-    """Refuses to mix results with files that are not of `what`; nothing is written.
-
-    Names in `known` may be there, as an interrupted start leaves them, and so may hidden names (locks,
-    temporaries) and a launcher's `logs`. Raises OutputError naming the folder and one of the others.
-    """
-    with output_errors(folder):
-        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    foreign = [n for n in names if n not in known and n != "logs" and not n.startswith(".")]
-    if foreign:
-        raise OutputError(
-            f"{folder}: is not empty and holds no {what} (there is {terminal(foreign[0])}); "
-            "name an empty folder or a new one"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

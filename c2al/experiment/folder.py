@@ -20,7 +20,7 @@ from c2al.config import Config, load_config, redacted_config, save_config
 from c2al.data.identity import FileIdentity, differences, identify
 from c2al.data.source import open_dataset
 from c2al.errors import ConfigError, LockedError
-from c2al.files import only_writer, refuse_foreign, write_atomically
+from c2al.files import only_writer, write_atomically
 from c2al.state import read_state, write_state
 from c2al.text import redacted
 
@@ -56,7 +56,6 @@ def start(config: Config, output: Path, command: str) -> None:
     Raises ConfigError when the folder holds an experiment that this one cannot go on with: other
     training settings, or other impressions under the same paths. Raises ConfigError or StateError naming the file
     that is missing or damaged beside finished trainings, since nothing else says what they were trained on.
-    Raises OutputError when the folder holds files and no experiment.
     """
     known = output / "config.toml"
     now = Inputs(**{split: identify(open_dataset(getattr(config.data, split))) for split in SPLITS})
@@ -64,7 +63,6 @@ def start(config: Config, output: Path, command: str) -> None:
         _refuse_other_settings(load_config(known), redacted_config(config), output)
         _refuse_other_inputs(read_state(output / "inputs.json", Inputs, format="c2al.inputs", version=1), now, output)
     else:
-        refuse_foreign(output, (), "experiment")
         describe_itself(config, output, command)
     write_state(output / "inputs.json", now, format="c2al.inputs", version=1)
 

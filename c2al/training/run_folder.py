@@ -34,7 +34,7 @@ from c2al.data.statistics import Statistics, fit_statistics
 from c2al.distributed.checkpoint.manifest import MARKER, finished
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, ConfigError, StateError
-from c2al.files import only_writer, output_errors, refuse_foreign, write_atomically
+from c2al.files import only_writer, output_errors, write_atomically
 from c2al.nn.methods import check_method
 from c2al.text import redacted
 from c2al.training.base_rates import BaseRates, count_base_rates
@@ -51,10 +51,6 @@ _FREE = (
     *(f"data.{k}" for k in ("workers", "prefetch", "validation", "test")),
     *("discover.", "evaluate.", "experiment.", "axes", "arms"),
 )
-
-
-_BEGUN = ("statistics.json", "base_rates.json", "inputs.json", "start.json", "cohorts.json")
-"""What may lie in a folder without config.toml: an interrupted start, or the cohorts that were put there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,13 +102,6 @@ def open_run(path: Path) -> Run:
         base_rates=BaseRates.read(path / "base_rates.json"),
         cohorts=read_cohorts(path / "cohorts.json").chosen() if config.train.needs_cohorts else (),
     )
-
-
-def refuse_foreign_folder(path: Path) -> None:
-    """Raises OutputError when `path` holds files and no run."""
-    # Of checkpoints without config.toml `_check` says more.
-    if not (path / "config.toml").exists() and not any((path / "checkpoints").glob("step-*")):
-        refuse_foreign(path, _BEGUN, "training run")
 
 
 @contextlib.contextmanager

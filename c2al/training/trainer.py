@@ -33,7 +33,7 @@ from c2al.training.model import TrainTask
 from c2al.training.objective import Objective
 from c2al.training.pipeline import Clock, make_steps
 from c2al.training.profiler import profiler_of
-from c2al.training.run_folder import MetricsLog, Run, refuse_foreign_folder, sole_writer, start_run
+from c2al.training.run_folder import MetricsLog, Run, sole_writer, start_run
 from c2al.training.start_from import Start
 from c2al.training.start_weights import load_start
 from c2al.typed import Problems, build
@@ -66,7 +66,6 @@ def train(
     the first step, NotFiniteError, InterruptError after a signal, DataError for a bad
     value met in training.
     """
-    world.once(lambda: refuse_foreign_folder(output))
     missing = [p for p in (output, *output.parents) if not p.exists()]
     with sole_writer(output, world), naming_factors(config):
         trainer = None

@@ -118,6 +118,7 @@ DENSE = DenseFeature(column="x", transforms=())
     ("changes", "message"),
     [
         ({"label": "lable"}, r"a\.parquet: no column 'lable'; needed is 0 or 1 .*; did you mean 'label'\?"),
+        ({"label": "zzz"}, r"no column 'zzz'; needed is 0 or 1 .*; there are '.*'"),
         ({"label": "s"}, r"column 's' has type string, needed is 0 or 1 as a number \(the label, data\.label\)"),
         ({"weight": "s"}, r"column 's' has type string, needed is a number \(weight\)"),
         ({"dense": (DenseFeature(column="s"),)}, r"column 's' has type string, needed is a number \(dense feature\)"),

@@ -16,7 +16,6 @@ from c2al.__main__ import main
 from c2al.config import replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import C2ALError, ConfigError, DataError, OutputError, StateError, TerminateError, TrainingError
-from c2al.experiment.folder import start as start_experiment
 from c2al.files import only_writer
 from c2al.training.interrupt import Interrupt
 from c2al.training.run_folder import start_run
@@ -244,23 +243,3 @@ def test_an_interrupted_start_leaves_what_was_there(config, world, tmp_path):
         train(replace(config, **{"data.train": (str(tmp_path / "none"),)}), tmp_path / "run", world)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
     shutil.rmtree(tmp_path / "run")
-
-
-def test_a_folder_of_other_files_is_left_alone(config, world, tmp_path):
-    run = tmp_path / "docs"
-    run.mkdir()
-    (run / "guide.md").write_text("a guide")
-    before = files(run)
-    with pytest.raises(OutputError, match=r"docs: is not empty and holds no training run \(there is guide.md\)"):
-        train(config, run, world)
-    with pytest.raises(OutputError, match=r"docs: is not empty and holds no experiment \(there is guide.md\)"):
-        start_experiment(config, run, "c2al experiment")
-    assert files(run) == before
-
-
-def test_a_folder_that_was_made_before_is_trained_into(config, world, tmp_path):
-    """Empty but for a launcher's logs, or for what an interrupted start left."""
-    (tmp_path / "run" / "logs").mkdir(parents=True)
-    (tmp_path / "run" / "statistics.json").write_text("{}")
-    train(config, tmp_path / "run", world)
-    assert manifests(tmp_path / "run")
