@@ -94,7 +94,7 @@ _BEYOND = 4.0
 def _range(bars: Sequence[tuple[str, int, Difference]], overall: float | None = None) -> tuple[float, float]:
     """What the axis shows, in %: all that passes and `overall`, and of the rest what hides neither.
 
-    Where nothing passes, what the most precise segment reaches stands for half of it.
+    Where nothing passes, it goes at most eight times as far as the most precise segment reaches.
     """
     passing: list[float] = [0.0] if overall is None else [0.0, overall]
     others: list[list[float]] = []
