@@ -37,6 +37,7 @@ def run_discovery(bench: Bench, baseline: Trial) -> Discovery:
     assert scores is not None
 
     def work(folder: Path) -> None:
+        bench.tell(f"discovery of cohorts on the {config.experiment.discover_on} split")
         discover([str(scores)], config.axes, config.discover, folder, bench.world, config.data)
 
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from c2al.data.cohorts import write_cohorts
 from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
 from c2al.experiment.folder import Result, claim, read_result, write_result
-from c2al.experiment.plan import Trial, baseline_trials
+from c2al.experiment.plan import Trial, arm_trials, arms_of, baseline_trials
 from c2al.report.record import TrialRecord
 from c2al.training.score import score
 from c2al.training.trainer import train
@@ -42,6 +43,11 @@ class Bench:
         """Whether this process has done anything since somebody last set this to False."""
         self._fitted = baseline_trials(config)[0].folder(output, self.seeds[0]) / "run"
         """The training whose statistics the others take over, if they fit."""
+        arms = [arm_trials(arm, config, ()) for arm in arms_of(config)]
+        self._trainings = len(self.seeds) * sum(map(len, (baseline_trials(config), *arms)))
+        self._met: set[Path] = set()
+        """Trainings that this process has come to, whoever did them."""
+        self._told: set[str] = set()
 
     def baseline(self) -> tuple[list[Trial], int]:
         """(trials, the selected one). Everything else starts from it, so all of it is waited for."""
@@ -62,8 +68,10 @@ class Bench:
     def train(self, trial: Trial, seed: int, wait: bool) -> Result | None:
         """The training's result. While another process is at it: waits, or returns None."""
         folder = trial.folder(self.output, seed)
+        self._met.add(folder)
 
         def work() -> None:
+            self.tell(f"{trial.title}, seed {seed} (training {len(self._met)} of {self._trainings})")
             begun = time.monotonic()
             cohorts = self._cohorts_file(trial) if trial.cohorts else None
             ne = train(replace(trial.config, seed=seed), folder / "run", self.world, cohorts, self._fitted)
@@ -83,6 +91,7 @@ class Bench:
         scores = folder / f"{name}-{hashlib.sha256(columns.encode()).hexdigest()[:6]}"
 
         def work() -> None:
+            self.tell(f"{trial.title}, seed {seed}: {name}")
             config = dataclasses.replace(trial.config, seed=seed, axes=self.config.axes, evaluate=self.config.evaluate)
             score(folder / "run", split, scores, self.world, config=config)
 
@@ -94,7 +103,16 @@ class Bench:
         if any(r is None for r in records):
             return None
         means = [(r.mean_ne if r.mean_ne is not None else float("inf"), i) for i, r in enumerate(records) if r]
-        return min(means)[1]
+        best, selected = min(means)
+        if len(trials) > 1:
+            self.tell(f"{trials[selected].title} is kept, of {len(trials)} settings (mean validation NE {best:.5f})")
+        return selected
+
+    def tell(self, what: str) -> None:
+        """Says on rank 0, once, what this process is about or has found."""
+        if self.world.rank == 0 and what not in self._told:
+            print(f"experiment: {what}", file=sys.stderr, flush=True)
+        self._told.add(what)
 
     def trial_record(self, trial: Trial) -> TrialRecord | None:
         """None while a seed's result is missing. Reads files, so on rank 0 only."""

@@ -60,6 +60,11 @@ class Trial:
         digest = hashlib.sha256(f"{dump_config(shared)}\n{cohorts}".encode()).hexdigest()
         return f"{self.arm}-{digest[:10]}"
 
+    @property
+    def title(self) -> str:
+        """For people: the arm and what sets this trial apart from its others."""
+        return ", ".join([self.arm, *(f"{name} = {value}" for name, value in flat_settings(self.settings).items())])
+
     def folder(self, output: Path, seed: int) -> Path:
         """Folder of this trial's training with `seed`."""
         return output / "trainings" / self.name / f"seed_{seed}"

@@ -129,6 +129,7 @@ def _judge(bench: Bench, record: Record, command: str) -> Path | None:
     with claim(output / ".claims" / "report") as mine:
         if not mine:
             return None
+        bench.tell("evaluation of all arms on the test split")
         evaluation = evaluate_record(record, config, output)
         describe_itself(config, output, command)
         _drop_other_serving(record, output)

@@ -153,6 +153,23 @@ def test_statistics_are_fitted_once(done):
     assert len(kept) == 1
 
 
+def test_it_says_what_it_is_at(tmp_path, capsys):
+    """Each training once, with its number; then what a grid kept. A run again says nothing of what is done."""
+    small(tmp_path, (Arm(name="tuned", select={LAMBDA: [0.1, 0.5]}),), **{"experiment.seeds": (0, 3)})
+    assert main(words(tmp_path)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("experiment: ")]
+    assert said[:2] == [f"experiment: baseline, seed {s} (training {i} of 6)" for i, s in ((1, 0), (2, 3))]
+    trained = [line for line in said if "(training" in line]
+    assert [line.rpartition("(")[2] for line in trained] == [f"training {i} of 6)" for i in range(1, 7)]
+    assert f"experiment: tuned, {LAMBDA} = 0.5, seed 3 (training " in "\n".join(trained)
+    assert "experiment: discovery of cohorts on the validation split" in said
+    kept = [line for line in said if "is kept, of 2 settings (mean validation NE 0." in line]
+    assert len(kept) == 1
+    assert len(set(said)) == len(said)
+    assert main(words(tmp_path)) == 0
+    assert "(training" not in capsys.readouterr().err
+
+
 def test_run_again_it_repeats_no_stage_and_gives_the_same_report(done, capsys):
     out = done / "out"
     before = (out / "report.html").read_bytes()
