@@ -89,7 +89,7 @@ def _items(e: Experiment) -> str:
     head = ["", "arm", "against", "NE_diff", "users and seeds", "users, items and seeds"]
     return f"""<h3>Other items</h3>
 <p>How far NE_diff would move on other items as well: users and the values of {escaped(e.evaluation.items)} are
-resampled together (pigeonhole bootstrap), on the whole test set and on the cohorts only: segments have no such one.
+resampled together (pigeonhole bootstrap), on the whole test set and on the cohorts only: segments have none.
 Neither interval is corrected for the number of comparisons, and no verdict follows the one over items.</p>
 {table(head, rows, text=(0, 1, 2))}"""
 
