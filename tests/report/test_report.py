@@ -505,7 +505,7 @@ def test_arms_of_one_training_and_grids_that_the_baseline_had_none_of_are_said(e
     record = read_record(experiment)
     words = Page(write_report(experiment)).words
     assert "c2al, placebo chose from up to 3 settings, the baseline from 1: it was not tuned with as" in words
-    assert "one answer, not two" not in words
+    assert "so one answer and not two" not in words
     (arm, other), trial = record.arms, record.arms[0].trials[1]
     again = dataclasses.replace(
         other, trials=(dataclasses.replace(trial, name="again-" + digest("c2al") + "2"),), selected=0
