@@ -67,7 +67,8 @@ class EvaluateConfig:
     """Two-sided confidence of every interval."""
     items: str = ""
     """Column of item ids, which scores then carry; if given, NE_diff gets a second interval that resamples users
-    and items together (pigeonhole bootstrap)."""
+    and items together (pigeonhole bootstrap). It is given for the whole test set and the cohorts only, not for
+    segments."""
 
     def problems(self) -> Problems:
         if self.replicates < 20:

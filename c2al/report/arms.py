@@ -89,8 +89,8 @@ def _items(e: Experiment) -> str:
     head = ["", "arm", "against", "NE_diff", "users and seeds", "users, items and seeds"]
     return f"""<h3>Other items</h3>
 <p>How far NE_diff would move on other items as well: users and the values of {escaped(e.evaluation.items)} are
-resampled together (pigeonhole bootstrap), on the whole test set and on the cohorts. Neither interval is corrected for
-the number of comparisons; no verdict follows the wider one.</p>
+resampled together (pigeonhole bootstrap), on the whole test set and on the cohorts only: segments have none.
+Neither interval is corrected for the number of comparisons, and no verdict follows the one over items.</p>
 {table(head, rows, text=(0, 1, 2))}"""
 
 
@@ -183,15 +183,15 @@ def power(e: Experiment) -> str:
     targets = sorted({d.power.target for s in segments for d in s.differences if d.power})
     said = ", ".join(f"{t:.1%}" for t in targets)
     if not rows:
-        return "<h2>Power</h2><p>No comparison has an interval, so nothing can be said about power.</p>"
+        return '<h2 id="power">Power</h2><p>No comparison has an interval, so nothing can be said about power.</p>'
     smallest = e.evaluation.overall.differences[0].power
     lead = f"This design would see a true NE_diff of {smallest.smallest:.3%} overall. " if smallest else ""
     head = ["", "arm", "against", "smallest NE_diff seen", f"seeds for {said}", f"users for {said}"]
     return f"""<h2 id="power">Power</h2>
 <p>{lead}The smallest difference that would be seen has an 80% chance to be told from 0 at
 {e.evaluation.confidence:.0%} confidence over {counted(len(e.evaluation.comparisons), "comparison")} (the first step of
-Holm's method). The last columns say how many seeds
-on these users, or how many users with these seeds, would see {said}.</p>
+Holm's method): it is that of the corrected comparison which a verdict follows. The last columns say how many seeds on
+these users, or how many users with these seeds, would see {said}.</p>
 {table(head, rows, text=(0, 1, 2))}"""
 
 

@@ -43,7 +43,7 @@ def segments(e: Experiment) -> str:
 <p>{escaped(arm)} against {escaped(baseline)}. Bars are NE_diff, lines its corrected interval, the dashed line the whole
 test set; in brackets the rows. Only what passes is coloured: of the coloured segments of an arm, at most
 {1 - e.evaluation.confidence:.0%} are false on average (Benjamini-Hochberg). Grey: no difference shown; dotted: too few
-users for an interval.</p>
+users for an interval. An arrow with its number marks what runs out of the axis.</p>
 {"".join(drawn)}
 {_by_arm(e)}
 <p class="note">All numbers: evaluation/evaluation.csv.</p>"""
@@ -103,6 +103,7 @@ def choice(e: Experiment) -> str:
                 marked.append(len(rows))
             measures = [_divergence(found[m]) for m in MEASURES]
             rows.append([axis["name"], found["head"], found["tail"], _bound(found["lower_bound"]), *measures])
+    head = ["axis", "head", "tail", "lower bound", *MEASURES.values()]
     reason = chosen["reason"][:1].upper() + chosen["reason"][1:]
     units = e.cohorts.get("units", {})
     notes = "".join(f"<li>{escaped(t)}: {escaped(units[m])}</li>" for m, t in MEASURES.items() if m in units)
@@ -114,7 +115,7 @@ def choice(e: Experiment) -> str:
 ({rule["confidence"]:.0%}, {escaped(rule["correction"])} over {rule["tested_pairs"]:,} pairs): noise alone seldom lifts
 it above 0. Divergences are corrected for their bias and stand with their intervals; one that is not above 0 is shown as
 "about 0".</p>
-{table(["axis", "head", "tail", "lower bound", *MEASURES.values()], rows, text=(0, 1, 2), marked=marked)}
+{table(head, rows, text=(0, 1, 2), marked=marked, wrapped=range(4, len(head)))}
 <ul class="note">{notes}</ul>"""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from c2al.config import BASELINE
+from c2al.data.cohorts import PAIR_LABELS
 from c2al.evaluation.result import Difference, Reliability
 from c2al.report.names import figure_text
 from c2al.report.page import escaped
@@ -23,6 +24,9 @@ Float = NDArray[np.float64]
 # Mid contrast on white and on near-black: at least 3:1 on both.
 _CYCLE = ("#2f86c9", "#cf5872", "#2c9c6a", "#9a6fd0", "#b8860b", "#4aa3a3")
 _VERDICTS = {"lower": "#2c9c6a", "higher": "#cf5872"}
+
+PRIMARY = "primary"
+"""The task that every model has."""
 
 _INK = "#123456"
 """Stands for the page's text colour while matplotlib draws."""
@@ -83,22 +87,53 @@ def _svg(figure: Any, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escaped(label)}"', 1).strip()
 
 
-_BEYOND = 3.0
-"""A segment's interval may be this many times as wide as the widest bar or passing interval before it is cut off."""
+_BEYOND = 4.0
+"""The axis reaches at most this many times as far from 0 as what passes does; what goes further is cut off."""
 
 
-def _range(bars: Sequence[tuple[str, int, Difference]]) -> tuple[float, float]:
-    """What the axis shows, in %: every bar, and every interval that passes; the others as far as there is room."""
-    kept: list[float] = [0.0]
-    others: list[float] = []
+def _range(bars: Sequence[tuple[str, int, Difference]], overall: float | None = None) -> tuple[float, float]:
+    """What the axis shows, in %: all that passes and `overall`, and of the rest what hides neither.
+
+    Where nothing passes, it goes at most eight times as far as the most precise segment reaches.
+    """
+    passing: list[float] = [0.0] if overall is None else [0.0, overall]
+    others: list[list[float]] = []
+    seen = False
     for _, _, difference in bars:
-        estimate, judgement = difference.estimates["ne"], difference.judgement
-        if estimate.value is not None and judgement is not None:
-            (kept if judgement.passes else others).extend(judgement.corrected_interval)
-            kept.append(estimate.value)
-    room = _BEYOND * (max(kept) - min(kept)) or max(map(abs, others), default=0.01)
-    low, high = max(min(kept + others), min(kept) - room), min(max(kept + others), max(kept) + room)
+        value, judgement = difference.estimates["ne"].value, difference.judgement
+        if value is not None:
+            reached = [value, *(judgement.corrected_interval if judgement else ())]
+            if judgement and judgement.passes:
+                passing += reached
+                seen = True
+            else:
+                others.append(reached)
+    reaches = [reach for reached in others if (reach := max(map(abs, reached)))]
+    far = max(map(abs, passing))
+    if not seen:
+        far = max(far, 2 * min(reaches, default=0.005))
+    far *= _BEYOND
+    everything = passing + [bound for reached in others for bound in reached]
+    low, high = max(min(everything), -far), min(max(everything), far)
+    if low == high:
+        low, high = -far, far
     return 104 * low - 4 * high, 104 * high - 4 * low
+
+
+def _cut(ax: Any, row: int, reached: Sequence[float]) -> None:
+    """An arrow with its number at each edge that what a row reaches (in %: its value, its bounds) lies beyond."""
+    left, right = ax.get_xlim()
+    for end, edge, beyond in ((min(reached), left, min(reached) < left), (max(reached), right, max(reached) > right)):
+        if beyond:
+            ax.plot(edge, row, marker="<" if edge == left else ">", ms=5, color=_INK, clip_on=False)
+            ax.annotate(
+                f"{end:+.1f}%".replace("-", "\N{MINUS SIGN}"),
+                (edge, row),
+                (6 if edge == left else -6, 4),
+                textcoords="offset points",
+                ha="left" if edge == left else "right",
+                fontsize=7,
+            )
 
 
 def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall: float | None) -> str:
@@ -108,7 +143,7 @@ def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall
     """
     with _figure(1, 1, 0.85 + 0.27 * len(bars)) as (figure, grid):
         ax = grid[0, 0]
-        left, right = _range(bars)
+        ax.set_xlim(*_range(bars, overall))
         for i, (_, _, difference) in enumerate(bars):
             estimate, judgement = difference.estimates["ne"], difference.judgement
             if estimate.value is None:
@@ -119,15 +154,10 @@ def segment_bars(axis: str, bars: Sequence[tuple[str, int, Difference]], overall
                 low, high = (100 * bound for bound in judgement.corrected_interval)
                 colour, alpha = (_VERDICTS[judgement.verdict], 0.9) if judgement.passes else (_INK, 0.2)
                 ax.barh(i, 100 * estimate.value, height=0.62, color=colour, alpha=alpha, lw=0)
-                ax.plot([max(low, left), min(high, right)], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
-                for bound, edge, arrow in ((low, left, "<"), (high, right, ">")):
-                    if abs(bound) > abs(edge) and bound * edge > 0:
-                        ax.plot(edge, i, marker=arrow, ms=5, color=_INK, clip_on=False)
-                        ax.annotate(
-                            f"{bound:+.1f}", (edge, i), (-6 if edge > 0 else 6, 4), textcoords="offset points",
-                            ha="right" if edge > 0 else "left", fontsize=7,
-                        )  # fmt: skip
-        ax.set_xlim(left, right)
+                ax.plot([low, high], [i, i], color=_INK, lw=1.1, solid_capstyle="butt")
+            if estimate.value is not None:
+                bounds = judgement.corrected_interval if judgement else ()
+                _cut(ax, i, [100 * v for v in (estimate.value, *bounds)])
         if overall is not None:
             ax.axvline(100 * overall, color=_INK, lw=0.9, ls=(0, (4, 3)), alpha=0.6)
         _rows(ax, [f"{figure_text(name)}  ({rows:,})" for name, rows, _ in bars])
@@ -229,9 +259,10 @@ def densities(edges: Float, density: dict[str, dict[str, Float]]) -> str:
     """Densities over logit(prediction): arm -> cohort -> density of each bin (Fig. 3)."""
     with _figure(1, len(density), 2.7, sharey=True, sharex=True) as (figure, grid):
         for ax, (arm, cohorts) in zip(grid[0], density.items(), strict=True):
-            for i, (cohort, density_K) in enumerate(cohorts.items()):
-                ax.stairs(density_K, edges, color=_CYCLE[i % len(_CYCLE)], label=figure_text(cohort), lw=1.5)
-                ax.stairs(density_K, edges, color=_CYCLE[i % len(_CYCLE)], fill=True, alpha=0.16, lw=0)
+            colours = task_colours(list(cohorts))
+            for cohort, density_K in cohorts.items():
+                ax.stairs(density_K, edges, color=colours[cohort], label=figure_text(cohort), lw=1.5)
+                ax.stairs(density_K, edges, color=colours[cohort], fill=True, alpha=0.16, lw=0)
             ax.set_title(figure_text(arm))
             ax.set_xlabel("logit of the prediction")
         grid[0, 0].set_ylabel("density")
@@ -271,12 +302,16 @@ def _rebinned(histogram: Sequence[int], edges: Float) -> Float:
 
 
 def curves(panels: dict[str, dict[str, list[tuple[Float, Float]]]]) -> str:
-    """Lines over training steps: panel title -> name -> one (x, y) for each seed. A name has one colour throughout."""
-    names = list(dict.fromkeys(name for named in panels.values() for name in named))
+    """Lines over training steps: panel title -> name -> one (x, y) for each seed.
+
+    Names are arms where the baseline is among them, and tasks otherwise.
+    """
     with _figure(1, len(panels), 2.7) as (figure, grid):
+        tasks = list(dict.fromkeys(name for named in panels.values() if BASELINE not in named for name in named))
+        colours = task_colours(tasks)
         for ax, (title, named) in zip(grid[0], panels.items(), strict=True):
-            for name, lines in named.items():
-                colour = _colour(names.index(name) + (0 if BASELINE in names else 2))
+            for position, (name, lines) in enumerate(named.items()):
+                colour = _colour(position) if BASELINE in named else colours[name]
                 for i, (x, y) in enumerate(lines):
                     marker = "o" if len(x) < 12 else None
                     label = figure_text(name) if i == 0 else None
@@ -285,6 +320,15 @@ def curves(panels: dict[str, dict[str, list[tuple[Float, Float]]]]) -> str:
             ax.set_xlabel("step")
             ax.legend()
         return _svg(figure, ", ".join(panels))
+
+
+def task_colours(tasks: Sequence[str]) -> dict[str, str]:
+    """Task or cohort -> its colour, which is the same in every figure of a page, whatever else is drawn beside it."""
+    known = (*PAIR_LABELS, PRIMARY)
+    fixed = {name: _CYCLE[i] for i, name in enumerate(known)}
+    free = _CYCLE[len(known) :]
+    others = [t for t in tasks if t not in fixed]
+    return {t: fixed.get(t) or free[others.index(t) % len(free)] for t in tasks}
 
 
 def _colour(position: int) -> str:

@@ -54,22 +54,29 @@ def counted(count: int, noun: str) -> str:
 
 
 def figure(svg: str, caption: str = "") -> str:
-    """On a narrow screen the figure scrolls in its own box, so that its words stay readable."""
+    """The figure is as wide as the page, on a narrow screen too: a phone enlarges it, and nothing of it is hidden."""
     text = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return f'<figure><div class="draw">{svg}</div>{text}</figure>\n'
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], text: Iterable[int] = (), marked: Iterable[int] = ()
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    text: Iterable[int] = (),
+    marked: Iterable[int] = (),
+    wrapped: Iterable[int] = (),
 ) -> str:
-    """Escapes every cell. `text`: left-aligned columns. `marked`: rows that stand out."""
-    text, marked = set(text), set(marked)
+    """Escapes every cell. `text`: left-aligned columns. `marked`: rows that stand out.
+
+    `wrapped`: columns of numbers whose cells may take several lines.
+    """
+    text, marked, wrapped = set(text), set(marked), set(wrapped)
 
     def line(tag: str, cells: Sequence[str]) -> str:
         return "".join(
             f"<{tag} class=text>{_JOINT.sub('<wbr>', escaped(cell))}</{tag}>"
             if i in text
-            else f"<{tag}>{escaped(cell)}</{tag}>"
+            else f"<{tag}{' class=wrap' if i in wrapped else ''}>{escaped(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
 

@@ -32,9 +32,8 @@ p { margin: .5rem 0 .9rem; max-width: 74ch; }
 }
 .tile span { display: block; font-size: .86rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .better { color: var(--better); } .worse { color: var(--worse); }
-.scroll { margin: .8rem 0 1.2rem; }
-.scroll, .draw {  /* a shadow at an edge says that there is more beyond it */
-  overflow-x: auto;
+.scroll {  /* a shadow at an edge says that there is more beyond it */
+  margin: .8rem 0 1.2rem; overflow-x: auto;
   background:
     linear-gradient(to right, var(--page) 40%, transparent) left / 48px 100% no-repeat local,
     linear-gradient(to left, var(--page) 40%, transparent) right / 48px 100% no-repeat local,
@@ -45,11 +44,12 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-
 th, td { text-align: right; padding: .36rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { white-space: normal; font-weight: 600; color: var(--soft); vertical-align: bottom; }
 td.text, th.text { text-align: left; }
+td.wrap { white-space: normal; }
 td.text { white-space: normal; overflow-wrap: anywhere; min-width: 6rem; max-width: 24rem; }
 tr.chosen td { background: var(--panel); font-weight: 600; }
 tr.chosen td:first-child { box-shadow: inset 3px 0 var(--accent); }
 figure { margin: 1rem 0 1.6rem; }
-.draw svg { width: 100%; min-width: 520px; height: auto; display: block; }
+.draw svg { width: 100%; height: auto; display: block; }
 ul { padding-left: 1.2rem; max-width: 74ch; } li { margin: .25rem 0; }
 h1, li, p, figcaption, .tile { overflow-wrap: anywhere; }
 pre {
@@ -60,6 +60,7 @@ pre.tall { max-height: 26rem; overflow: auto; }
 code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media (max-width: 600px) {
   main { padding: 1.5rem 1rem 3rem; } h1 { font-size: 1.4rem; } .tile strong { font-size: 1.5rem; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 @media print {
   :root {
@@ -68,7 +69,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
   }
   html { font-size: 11px; } body { font-size: 1rem; } main { max-width: none; padding: 0; } p, ul { max-width: none; }
   table { font-size: .78rem; } th, td { padding: .2rem .3rem; white-space: normal; }
-  .scroll, .draw { overflow: visible; background: none; } .draw svg { min-width: 0; }
+  .scroll { overflow: visible; background: none; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; overflow: visible; font-size: .75rem; }
   pre.tall { max-height: none; columns: 3; }
   figure, .tile, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } h2 { margin-top: 1.6rem; }

@@ -71,11 +71,14 @@ def cautions(record: Record) -> list[str]:
     if tuned:
         most = max(len(a.trials) for a in tuned)
         said.append(
-            f"{', '.join(a.name for a in tuned)} chose from up to {most} settings, the baseline from "
-            f"{len(record.baseline.trials)}: a gain may be that of tuning. experiment.select tunes the baseline."
+            f"{', '.join(a.name for a in tuned)} chose from up to {counted(most, 'setting')}, the baseline from "
+            f"{len(record.baseline.trials)}: it was not tuned with as many trials, so a gain may be the tuning's. "
+            "experiment.select tunes the baseline."
         )
-    for arm, earlier in same_training(record.done).items():
-        said.append(f"{arm} kept the settings and cohorts of {earlier}: they are one answer, not two.")
+    for arm, earlier in same_training((record.baseline, *record.done)).items():
+        said.append(
+            f"{arm} kept the settings and cohorts of {earlier}: they are one training, so one answer and not two."
+        )
     return said
 
 
@@ -131,18 +134,24 @@ def section(e: Experiment) -> str:
     if e.main is not None:
         segments = [s for s in e.evaluation.segments if s.axis in (OVERALL, COHORT)]
         tiles = f'<div class="tiles">{"".join(_tile(s, e.main.name, e.record.baseline.name) for s in segments)}</div>'
-    more = "".join(f"<li>{escaped(s)}</li>" for s in rest)
+    more = "".join(f"<li>{escaped(s)}{_to_power(e, s)}</li>" for s in rest)
     return f"""<h1>{escaped(_title(e))}</h1>
 <p class="lead">{escaped(lead)}</p>
 {f"<ul>{more}</ul>" if more else ""}
 {tiles}
-<p class="soft">{e.evaluation.rows:,} test impressions, {counted(len(e.record.seeds), "seed")}; what this design can
-see stands under <a href="#power">Power</a>. NE is Normalized Entropy: the
-log loss over the entropy of the average label; lower is better. NE_diff = (NE of the arm − NE of the other) / NE of the
-other. All models of a seed start from the same weights and read the same batches; auxiliary losses exist in training
-only. A placebo has cohorts of the same sizes whose users are drawn at random: what it gains does not come from the
-cohorts. The verdict holds for these impressions, this model and these settings. A synthetic world proves that an effect
-exists; it does not say that other data look like it.</p>"""
+<p class="soft">{e.evaluation.rows:,} test impressions, {counted(len(e.record.seeds), "seed")}.
+NE is Normalized Entropy: the log loss over the entropy of the average label; lower is better. NE_diff = (NE of the
+arm − NE of the other) / NE of the other. All models of a seed start from the same weights and read the same batches;
+auxiliary losses exist in training only. A placebo has cohorts of the same sizes whose users are drawn at random: what
+it gains does not come from the cohorts. The verdict holds for these impressions, this model and these settings. A
+synthetic world proves that an effect exists; it does not say that other data look like it.</p>"""
+
+
+def _to_power(e: Experiment, said: str) -> str:
+    """After the sentence on what could have been seen: the way to the section with the numbers."""
+    if e.main is None or said not in unseen(e.evaluation.overall.difference(e.main.name, e.record.baseline.name)):
+        return ""
+    return ' See <a href="#power">Power</a>.'
 
 
 def _title(e: Experiment) -> str:

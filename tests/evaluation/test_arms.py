@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,36 @@ def test_arms_are_paired_by_seed_and_any_two_can_be_compared(scored, tmp_path: P
     assert got.overall.difference("placebo", "baseline").judgement.verdict == "no difference shown"
     assert read_evaluation(tmp_path / "out" / "evaluation.json") == got
     assert "chosen against placebo" in got.table()
+
+
+def test_the_table_shows_the_interval_that_its_verdict_follows(scored, tmp_path: Path):
+    """With a heading, of one comparison too: without it nobody knows which arms stand there."""
+    _, _, arms = scored
+    got = evaluate(arms[:2], None, AXIS, SMALL, 3, tmp_path / "out")
+    heading, titles, *lines = got.table().splitlines()
+    assert heading == "chosen against baseline"
+    assert "corrected 95% interval" in titles
+    assert not re.search(r"(?<!corrected) 95% interval", titles.replace("corrected 95% interval", ""))
+    for line, s in zip(lines, got.segments, strict=True):
+        low, high = s.differences[0].judgement.corrected_interval
+        assert f"[{low:+.3%}, {high:+.3%}]" in line
+    assert "users and items" not in titles
+
+
+def test_the_interval_over_items_stands_in_table_and_csv_where_there_is_one(scored, tmp_path: Path):
+    _, _, arms = scored
+    got = evaluate(arms[:2], None, AXIS, dataclasses.replace(SMALL, items="item"), 3, tmp_path / "out")
+    low, high = got.overall.differences[0].items_interval
+    _, titles, first, *others = got.table().splitlines()
+    assert "users and items" in titles
+    assert f"[{low:+.3%}, {high:+.3%}]" in first
+    assert all(line.count("[") == first.count("[") - 1 for line in others), "segments have none"
+    rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").open()))
+    filled = [r for r in rows if r["items_low"] or r["items_high"]]
+    assert [(r["axis"], r["arm"], r["metric"]) for r in filled] == [("overall", "chosen", "ne_diff")]
+    assert (float(filled[0]["items_low"]), float(filled[0]["items_high"])) == (low, high)
+    corrected = got.overall.differences[0].judgement.corrected_interval
+    assert (float(filled[0]["corrected_low"]), float(filled[0]["corrected_high"])) == corrected
 
 
 def test_two_runs_as_arms_and_alone_give_the_same_numbers(scored, tmp_path: Path):

@@ -26,15 +26,32 @@ addEventListener("load", () => {
 });
 </script>"""
 """Measures the framed pages, which are of the same origin as this one, so a script in them could set `ran`."""
+SEEN = """<script>
+addEventListener("load", () => {
+  const beyond = (root, what, words) => [...root.querySelectorAll(what)].filter(
+    x => (!words || words.test(x.textContent)) && x.getBoundingClientRect().right > root.clientWidth).length;
+  document.title = [...document.querySelectorAll("iframe")].map(f => {
+    const root = f.contentDocument.documentElement;
+    const boxes = [...root.querySelectorAll("div")].filter(b => b.scrollWidth > b.clientWidth);
+    const bare = boxes.filter(b => f.contentWindow.getComputedStyle(b).backgroundImage == "none").length;
+    const pairs = [...root.querySelectorAll("th")].find(h => h.textContent == "W1 in logit");
+    const pair = pairs && pairs.getBoundingClientRect().right > root.clientWidth;
+    return `${f.width}: ${beyond(root, "svg")} figures and ` +
+      `${beyond(root, "td", /^(no difference shown|lower|higher|not trained.*)$/)} verdicts beyond the edge, ` +
+      `${bare} boxes of ${boxes.length > 0} scroll unseen, pairs ${pair ? "beyond" : "within"}`;
+  }).join("; ");
+});
+</script>"""
+"""Measures what a reader of the framed pages does not see without scrolling."""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian package `chromium`)")
 
 
-def in_browser(tmp_path: Path, page: str, *widths: int) -> tuple[str, str]:
-    """(title that MEASURE wrote, what the browser logged of the page)."""
+def in_browser(tmp_path: Path, page: str, *widths: int, measure: str = MEASURE) -> tuple[str, str]:
+    """(title that `measure` wrote, what the browser logged of the page)."""
     frames = "".join(f'<iframe width="{w}" height="900" srcdoc="{html.escape(page)}"></iframe>' for w in widths)
     wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"<!doctype html><meta charset=utf-8><title>unmeasured</title>{MEASURE}{frames}")
+    wrapper.write_text(f"<!doctype html><meta charset=utf-8><title>unmeasured</title>{measure}{frames}")
     words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", wrapper.as_uri()]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     (title,) = re.findall(r"<title>(.*?)</title>", done.stdout.partition("<iframe")[0])
@@ -54,6 +71,14 @@ def test_the_page_fits_narrow_and_wide_screens_and_logs_nothing(page: str, tmp_p
     title, logged = in_browser(tmp_path, page, 390, 1200)
     assert title == "ran: undefined; 390: 0 too wide; 1200: 0 too wide"
     assert logged == ""
+
+
+def test_a_phone_shows_figures_and_verdicts_and_that_tables_go_on(page: str, tmp_path: Path):
+    title, _ = in_browser(tmp_path, page, 390, 1200, measure=SEEN)
+    phone, screen = title.split("; ")
+    assert phone == "390: 0 figures and 0 verdicts beyond the edge, 0 boxes of true scroll unseen, pairs beyond"
+    assert screen.startswith("1200: 0 figures and 0 verdicts beyond the edge, 0 boxes of ")
+    assert screen.endswith("pairs within")
 
 
 def test_the_browser_test_sees_what_it_looks_for(tmp_path: Path):

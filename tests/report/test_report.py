@@ -23,7 +23,7 @@ from c2al.report.dynamics import y_differences
 from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
 from c2al.report.record import ArmRecord, Record, TrialRecord, read_record, repeated, same_training
-from c2al.report.verdict import harmed, sentence
+from c2al.report.verdict import cautions, harmed, sentence
 from c2al.training.diagnostics import YRecorder
 
 HOSTILE = '<script>parent.ran = alert("tab")</script>'
@@ -504,13 +504,18 @@ def test_a_long_name_breaks_at_its_joints(experiment: Path):
 def test_arms_of_one_training_and_grids_that_the_baseline_had_none_of_are_said(experiment: Path):
     record = read_record(experiment)
     words = Page(write_report(experiment)).words
-    assert "c2al, placebo chose from up to 3 settings, the baseline from 1: a gain may be that of tuning" in words
-    assert "one answer, not two" not in words
+    assert "c2al, placebo chose from up to 3 settings, the baseline from 1: it was not tuned with as" in words
+    assert "so one answer and not two" not in words
     (arm, other), trial = record.arms, record.arms[0].trials[1]
     again = dataclasses.replace(
         other, trials=(dataclasses.replace(trial, name="again-" + digest("c2al") + "2"),), selected=0
     )
     assert same_training((record.baseline, arm, again)) == {other.name: "c2al"}
+    (said,) = [s for s in cautions(dataclasses.replace(record, arms=(arm, again))) if "one answer" in s]
+    assert said == "placebo kept the settings and cohorts of c2al: they are one training, so one answer and not two."
+    idle = dataclasses.replace(arm, name="idle", trials=record.baseline.trials, selected=0)
+    (said,) = [s for s in cautions(dataclasses.replace(record, arms=(idle,))) if "one answer" in s]
+    assert said.startswith("idle kept the settings and cohorts of baseline")
 
 
 def test_what_could_be_seen_is_said_where_no_difference_is_shown(tmp_path: Path):
@@ -518,7 +523,39 @@ def test_what_could_be_seen_is_said_where_no_difference_is_shown(tmp_path: Path)
     power = read_evaluation(tmp_path / "evaluation" / "evaluation.json").overall.difference("c2al", "baseline").power
     page = Page(write_report(tmp_path))
     assert f"This design sees an NE_diff from {power.smallest:.3%} on" in page.words
-    assert 'href="#power"' in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r'<li>This design sees an NE_diff from [^<]* See <a href="#power">Power</a>.</li>', text)
+    assert text.count('id="power"') == 1
+
+
+def test_a_link_of_the_page_has_its_target_where_nothing_has_an_interval(tmp_path: Path):
+    make_experiment(tmp_path, {}, findings={"c2al": "nothing differs"}, discovery="")
+    assert '<h2 id="power">' in write_report(tmp_path).read_text()
+
+
+def test_a_task_has_one_colour_on_the_page():
+    """In losses, gradients and densities, whatever is drawn beside it."""
+    line = (np.array([1.0, 2.0]), np.array([1.0, 2.0]))
+    edges, density = np.array([0.0, 1.0]), np.array([1.0])
+
+    def of(name: str, svg: str) -> str:
+        """Colour of the line before `name` in the legend, the last lines of the figure."""
+        (before, *_), colours = svg.rsplit(f">{name}</text>", 1), re.compile("stroke: (#[0-9a-f]{6})")
+        return colours.findall(before)[-1]
+
+    seen: dict[str, set[str]] = {}
+    for names in (["primary", "head", "tail"], ["head", "tail"], ["tail"], ["primary", "tail", "other"]):
+        both = {"one": {key: [line] for key in names}, "cosine": {n: [line] for n in names if n != "primary"}}
+        alone = figures.curves({"tasks": {key: [line] for key in names}})
+        beside = figures.curves({"losses": {key: [line] for key in ("baseline", "c2al")}, "tasks": both["one"]})
+        for name in names:
+            found = {of(name, alone), of(name, beside), of(name, figures.curves(both))}
+            if name != "primary":
+                cohorts = {n: density for n in names if n != "primary"}
+                found.add(of(name, figures.densities(edges, {"baseline": cohorts})))
+            seen.setdefault(name, set()).update(found)
+    assert {name: len(found) for name, found in seen.items()} == dict.fromkeys(("primary", "head", "tail", "other"), 1)
+    assert len(set.union(*seen.values())) == 4, "and no two the same"
 
 
 def test_one_segment_of_wide_interval_hides_no_other():
@@ -536,13 +573,23 @@ def test_one_segment_of_wide_interval_hides_no_other():
             arm="a", against="b", estimates={"ne": ne}, judgement=judged, items_interval=None, power=None
         )  # fmt: skip
 
-    bars = [bar("small", -0.002, 0.0005, "lower"), bar("rare", 0.001, 0.6, "no difference shown")]
-    low, high = figures._range(bars)
+    small, rare = bar("small", -0.002, 0.0005, "lower"), bar("rare", 0.001, 0.6, "no difference shown")
+    low, high = figures._range([small, rare])
     assert -2 < low < -0.25
     assert 0.1 < high < 2
-    svg = figures.segment_bars("axis", bars, None)
-    assert "+60.1" in svg
-    assert "59.9" in svg
+    svg = figures.segment_bars("axis", [small, rare], None)
+    assert "+60.1%" in svg
+    assert "59.9%" in svg
+    far, precise = (bar(*b, "no difference shown") for b in (("far", 0.3, 0.6), ("precise", -0.002, 0.004)))
+    for bars in ([small, far], [precise, far], [precise, rare, far]):  # the value itself may be far off
+        low, high = figures._range(bars)
+        assert high - low < 12, "in %"
+        assert low < -0.6
+    assert "+90.0%" in figures.segment_bars("axis", [precise, far], None)
+    svg = figures.segment_bars("axis", [small, bar("like", -0.001, 0.003, "no difference shown")], None)
+    assert "%</text>" not in svg, "nothing is cut off where all fit"
+    low, high = figures._range([small], overall=-0.05)
+    assert low < -5, "the line of the whole test set is in it"
 
 
 def test_one_seed_is_said_as_such(tmp_path: Path):
