@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from c2al.errors import LockedError, OutputError
@@ -73,6 +73,15 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(e, OSError) and str(e.filename or temporary).startswith(str(temporary)):
             raise OutputError(f"{target}: cannot be written: {e.strerror or e}") from e
         raise
+
+
+def refuse_foreign(output: Path, own: Collection[str], job: str) -> None:
+    """Raises OutputError where the folder `output` holds files that `job` does not write; hidden ones do not count."""
+    with output_errors(output):
+        present = {p.name for p in output.iterdir()} if output.is_dir() else set()
+    foreign = sorted(name for name in present - set(own) if not name.startswith("."))
+    if foreign:
+        raise OutputError(f"{output}: holds '{foreign[0]}', which {job} does not write; name another --output")
 
 
 @dataclasses.dataclass(frozen=True)

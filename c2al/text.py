@@ -57,3 +57,8 @@ def redacted(text: str) -> str:
     What is shown or stored passes through here. Credentials belong in the environment or a profile.
     """
     return _QUERY.sub(r"\g<key>***", _USER.sub(r"\g<scheme>***@", text))
+
+
+def percent(share: float) -> str:
+    """A confidence in words: "95%", "99.5%", never rounded up to "100%"."""
+    return f"{100 * share:.12g}%"

@@ -64,8 +64,9 @@ class Config:
         for name in sorted({n for n in arms if arms.count(n) > 1}):
             yield "arms", f"arm '{name}' is declared twice"
         yield from self._cross_problems()
-        if self.evaluate.items and self.evaluate.items == self.data.user_id:
-            yield "evaluate.items", f"'{self.evaluate.items}' is data.user_id; name the column of the items"
+        for field in ("user_id", "label", "weight"):
+            if self.evaluate.items and self.evaluate.items == getattr(self.data, field):
+                yield "evaluate.items", f"'{self.evaluate.items}' is data.{field}; name the column of the items"
         for name in self.discover.axes:
             if name not in names:
                 yield "discover.axes", f"unknown axis '{name}'{hint(name, names)}"

@@ -15,11 +15,12 @@ Source: C2AL Sec. 3 (cohorts C_head, C_tail along semantic axes).
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from c2al.data.arrow_types import flat, float32_rounded_down, float64, is_text, plain
+from c2al.data.arrow_types import category, decoded, flat, float32_rounded_down, float64, is_list, is_text, plain
 from c2al.data.hashing import drawn_share
 from c2al.errors import CohortError
 from c2al.files import write_atomically
@@ -127,6 +128,12 @@ class CohortSpec:
             raise CohortError(f"{source}: a cohort needs 'axis', 'name' and 'conditions', got {_short(value)}")
         _refuse_unknown(value, ("axis", "name", "conditions", *STATISTICS), f"cohort '{value['name']}'", source)
         conditions = tuple(Condition.from_json(c, source) for c in value["conditions"])
+        columns = [c.column for c in conditions]
+        for column in sorted({c for c in columns if columns.count(c) > 1}):
+            raise CohortError(
+                f"{source}: cohort '{terminal(value['name'])}': two conditions on column '{terminal(column)}'; one may "
+                "have 'lower' and 'upper' both"
+            )
         return cls(axis=value["axis"], name=value["name"], conditions=conditions)
 
 
@@ -293,9 +300,26 @@ def _axis(tree: Any, source: str) -> AxisCohorts:
             raise CohortError(
                 f"{source}: axis '{name}', cohort '{cohort.name}': has not one condition on each of {columns}"
             )
+    _refuse_overlaps(name, {c for cohort in read for c in cohort.conditions}, source)
     if len({frozenset(c.conditions) for c in read}) < len(read):
         raise CohortError(f"{source}: axis '{name}': two cohorts have the same conditions")
     return AxisCohorts(name=name, columns=tuple(columns), cohorts=read)
+
+
+def _refuse_overlaps(axis: str, conditions: Iterable[Condition], source: str) -> None:
+    """Raises CohortError for two intervals of one column that share values: a row has one cohort of an axis."""
+    cut: dict[str, list[tuple[float, float]]] = {}
+    for c in conditions:
+        if c.equals is None and not c.null:
+            bounds = (-math.inf if c.lower is None else c.lower, math.inf if c.upper is None else c.upper)
+            cut.setdefault(c.column, []).append(bounds)
+    for column, intervals in cut.items():
+        for (low, high), (after, _) in itertools.pairwise(sorted(intervals)):
+            if after < high:
+                raise CohortError(
+                    f"{source}: axis '{axis}': two cohorts share values of column '{column}': one is [{low}, {high}), "
+                    f"another begins at {after}"
+                )
 
 
 def _refuse_unknown(tree: dict[str, Any], known: Sequence[str], where: str, source: str) -> None:
@@ -345,6 +369,10 @@ def _column_codes(
     null_R = pc.is_null(values, nan_is_null=True).to_numpy(zero_copy_only=False)
     if intervals:
         draw = conditions[intervals[0][2]].draw
+        if draw is not None and category(values.type) is None:
+            raise CohortError(
+                f"axis '{axis}': column '{column}' is {values.type}; users are drawn by integers or strings"
+            )
         value_R = numeric(values, column, axis) if draw is None else drawn_share(values, draw)
         lower, upper = (np.array([t[k] for t in intervals], np.float32) for k in (0, 1))
         slot_R = np.maximum(np.searchsorted(lower, value_R, side="right") - 1, 0)
@@ -377,6 +405,16 @@ def _category_codes(
     lookup = np.array([i for i, _ in categories] + [-1], np.int64)
     codes: npt.NDArray[np.int64] = lookup[pc.fill_null(seen, len(categories)).to_numpy(zero_copy_only=False)]
     return codes
+
+
+def axis_problem(kind: str, type_: pa.DataType) -> str:
+    """Why a column of this type cannot be an axis of this kind (Axis.kind); empty if it can."""
+    single = decoded(type_)
+    if kind == "categorical":
+        fits = not is_list(single) and category(single) is not None
+        return "" if fits else f"is {type_}; a categorical axis needs integers, strings or bools"
+    fits = pa.types.is_integer(single) or pa.types.is_floating(single)
+    return "" if fits else f"is {type_}; percentiles and edges need a number"
 
 
 def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.NDArray[np.float32]:

@@ -33,7 +33,7 @@ from c2al.discovery.record import SCAN, ScanRecord, read_record, scan_difference
 from c2al.discovery.saved import load_accumulators, save_accumulators
 from c2al.distributed.process import World
 from c2al.errors import CheckpointError, CohortError, ConfigError, DataError, OutputError
-from c2al.files import LOCK, only_writer, output_errors, write_atomically
+from c2al.files import LOCK, only_writer, refuse_foreign, write_atomically
 from c2al.typed import hint
 
 ACCUMULATORS = "accumulators.npz"
@@ -135,7 +135,7 @@ def _writing(output: Path, world: World | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
-            _refuse_foreign(output)
+            refuse_foreign(output, _OWN, "discover")
             stack.enter_context(only_writer(output))
 
         if world is None:
@@ -148,15 +148,6 @@ def _writing(output: Path, world: World | None) -> Iterator[None]:
             if world is None or world.rank == 0:
                 _remove_if_empty(output)
             raise
-
-
-def _refuse_foreign(output: Path) -> None:
-    """Raises OutputError where `output` holds files that discovery does not write."""
-    with output_errors(output):
-        present = {p.name for p in output.iterdir()} if output.exists() else set()
-    foreign = sorted(name for name in present - _OWN if not name.startswith("."))
-    if foreign:
-        raise OutputError(f"{output}: holds '{foreign[0]}', which discover does not write; name another --output")
 
 
 def _remove_if_empty(output: Path) -> None:

@@ -10,6 +10,7 @@ Segments beyond that are evaluated in further rounds of passes, users beyond it 
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def _comparisons(arms: Sequence[Arm], more: Sequence[tuple[str, str]]) -> tuple[
     for arm in arms:
         if not arm.name or not arm.seeds or len(set(arm.seeds)) < len(arm.seeds):
             problems.append(f"evaluate: arm '{arm.name}' needs a name and distinct seeds, got {list(arm.seeds)}")
+        if len({os.path.realpath(f) for f in arm.folders}) < len(arm.folders):
+            problems.append(f"evaluate: arm '{arm.name}' names one folder twice: a run is one seed, got {arm.folders}")
         if len(arm.seeds) != len(arm.folders):
             problems.append(f"evaluate: arm '{arm.name}' has {len(arm.folders)} folders for {len(arm.seeds)} seeds")
     pairs = tuple(dict.fromkeys([*((arm.name, arms[0].name) for arm in arms[1:]), *more]))

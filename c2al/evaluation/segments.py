@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from c2al.config import Axis
-from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
+from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, axis_problem, read_cohorts
 from c2al.errors import CohortError
 from c2al.evaluation.result import COHORT, OVERALL
 from c2al.evaluation.scores import Scores, row_groups
@@ -70,6 +70,9 @@ def _need(columns: Sequence[str], axis: str, scores: Scores) -> None:
 def _categories(axis: Axis, scores: Scores) -> AxisCohorts:
     values: set[Any] = set()
     _need([axis.column], axis.name, scores)
+    for file in scores.files:
+        if wrong := axis_problem(axis.kind, file.schema.field(axis.column).type):
+            raise CohortError(f"{file.name}: axis '{axis.name}': column '{axis.column}' {wrong}")
     for piece in row_groups(scores, [axis.column]):
         values.update(pc.unique(piece.table.column(axis.column)).to_pylist())
         if len(values) > MAX_SEGMENTS:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from c2al.text import csv_text, table
+from c2al.text import csv_text, percent, table
 
 if TYPE_CHECKING:
     from c2al.evaluation.result import Difference, Estimate, Evaluation, Segment
@@ -58,7 +58,7 @@ def _metric_columns(evaluation: "Evaluation") -> list[Column]:
     name = evaluation.arms[0].name
     return [
         ("NE", lambda s: number(s.arms[name]["ne"], "{:.5f}")),
-        (f"{evaluation.confidence:.0%} interval", lambda s: interval(s.arms[name]["ne"], "{:.5f}")),
+        (f"{percent(evaluation.confidence)} interval", lambda s: interval(s.arms[name]["ne"], "{:.5f}")),
         ("cal.", lambda s: number(s.arms[name]["calibration"], "{:.4f}")),
         ("AUC", lambda s: number(s.arms[name]["auc"], "{:.4f}")),
         ("GAUC", lambda s: number(s.arms[name]["gauc"], "{:.4f}")),
@@ -75,7 +75,7 @@ def _difference_columns(evaluation: "Evaluation", i: int) -> list[Column]:
         ("NE ref.", lambda s: number(s.arms[against]["ne"], "{:.5f}")),
         ("NE", lambda s: number(s.arms[arm]["ne"], "{:.5f}")),
         ("NE_diff", lambda s: number(ne(s), "{:+.3%}")),
-        (f"corrected {evaluation.confidence:.0%} interval", lambda s: _corrected(s.differences[i])),
+        (f"corrected {percent(evaluation.confidence)} interval", lambda s: _corrected(s.differences[i])),
         ("verdict", lambda s: verdict(s.differences[i])),
     ]
     if evaluation.items:

@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from c2al.config import BASELINE, Arm, Config, dump_config
 from c2al.data.cohorts import CohortSpec
 from c2al.discovery.discover import discover, merge
-from c2al.errors import CohortError
+from c2al.errors import CohortError, NotFiniteError
 from c2al.experiment.bench import Bench
 from c2al.experiment.choose import cohorts_of, on_axis
 from c2al.experiment.plan import Trial, arm_trials
 from c2al.report.densities import draw_densities
 from c2al.report.record import ArmRecord
+
+_RANK = re.compile(r"^rank \d+: ")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,18 +103,26 @@ def plan_arm(bench: Bench, arm: Arm, base: Config, everywhere: Discovery) -> Pla
     try:
         cohorts = bench.world.once(lambda: cohorts_of(arm, bench.config, folder))
     except CohortError as e:
-        return Plan(arm=arm, cohorts=(), trials=(), finding=str(e).removeprefix("rank 0: "), discovery=discovery)
+        return Plan(arm=arm, cohorts=(), trials=(), finding=_RANK.sub("", str(e)), discovery=discovery)
     trials = tuple(arm_trials(arm, base, cohorts))
     return Plan(arm=arm, cohorts=cohorts, trials=trials, finding="", discovery=discovery)
 
 
-def train_arm(bench: Bench, plan: Plan) -> None:
-    """Trains this process's share of the arm: what no other process is doing."""
+def train_arm(bench: Bench, plan: Plan) -> Plan:
+    """Trains this process's share of the arm: what no other process is doing.
+
+    Cohorts that have no row or no positive in the training split, and a loss that is not finite, end the arm: the
+    plan comes back with that finding, and the other arms go on.
+    """
     if bench.share.arms and plan.arm.name not in bench.share.arms:
-        return
-    for seed in bench.own_seeds:
-        for trial in plan.trials:
-            bench.train(trial, seed, wait=False)
+        return plan
+    try:
+        for seed in bench.own_seeds:
+            for trial in plan.trials:
+                bench.train(trial, seed, wait=False)
+    except (CohortError, NotFiniteError) as e:
+        return dataclasses.replace(plan, cohorts=(), trials=(), finding=_RANK.sub("", str(e)))
+    return plan
 
 
 def finish_arm(bench: Bench, arm: Arm, trials: Sequence[Trial], cohorts: Sequence[CohortSpec]) -> ArmRecord | None:

@@ -13,6 +13,7 @@ from c2al.config import Config, replace
 from c2al.data.cohorts import write_cohorts
 from c2al.distributed.checkpoint import CheckpointReader
 from c2al.distributed.process import World
+from c2al.errors import DataError
 from c2al.experiment.folder import Result, claim, read_result, write_result
 from c2al.experiment.plan import Trial, arm_trials, arms_of, baseline_trials
 from c2al.report.record import TrialRecord
@@ -104,6 +105,11 @@ class Bench:
             return None
         means = [(r.mean_ne if r.mean_ne is not None else float("inf"), i) for i, r in enumerate(records) if r]
         best, selected = min(means)
+        if best == float("inf") and len(trials) > 1:
+            raise DataError(
+                f"data.validation: NE is undefined there for every setting of {trials[0].arm} (labels of one class?), "
+                "so that none can be chosen"
+            )
         if len(trials) > 1:
             self.tell(f"{trials[selected].title} is kept, of {len(trials)} settings (mean validation NE {best:.5f})")
         return selected

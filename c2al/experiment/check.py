@@ -3,10 +3,11 @@
 from typing import Any
 
 from c2al.config import BASELINE, OF_AUXILIARY_LOSSES, Arm, Config, TrainConfig, flat_settings
-from c2al.data.cohorts import PAIR_LABELS, read_cohorts
+from c2al.data.arrow_types import family
+from c2al.data.cohorts import PAIR_LABELS, axis_problem, read_cohorts
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
-from c2al.errors import CohortError, ConfigError
+from c2al.errors import CohortError, ConfigError, DataError
 from c2al.experiment.bench import Share
 from c2al.experiment.folder import SPLITS
 from c2al.experiment.plan import Trial, arm_trials, arms_of, baseline_trials
@@ -114,11 +115,30 @@ def check_data(config: Config) -> None:
     """
     axes = [a.column for a in config.axes if a.column]
     given = [column for arm in config.arms if arm.cohorts == "file" for column in _columns_of_file(arm)]
+    _check_axes(config)
     for split in SPLITS:
         carried = axes if split == "test" else [*axes, *given]  # test data are scored, and need no cohorts
         items = config.evaluate.items if split in ("test", config.experiment.discover_on) else ""
         files = open_dataset(getattr(config.data, split))
         check_columns(files, config.data, tuple(dict.fromkeys(carried)), items=items)
+
+
+def _check_axes(config: Config) -> None:
+    """Raises DataError for an axis whose column no stage could cut by, or that is another kind in another split."""
+    for axis in (a for a in config.axes if a.column):
+        first: tuple[str, str] | None = None
+        for file in (f for split in SPLITS for f in open_dataset(getattr(config.data, split))):
+            if axis.column not in file.schema.names:
+                continue  # check_columns says so
+            kind = file.schema.field(axis.column).type
+            if wrong := axis_problem(axis.kind, kind):
+                raise DataError(f"{file.name}: axis '{axis.name}': column '{axis.column}' {wrong}")
+            first = first or (file.name, family(kind))
+            if family(kind) != first[1]:
+                raise DataError(
+                    f"{file.name}: axis '{axis.name}': column '{axis.column}' holds {family(kind)}, but {first[1]} in "
+                    f"{first[0]}"
+                )
 
 
 def _columns_of_file(arm: Arm) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.config import Arm, Config, replace
-from c2al.data.cohorts import PAIR_LABELS, CohortSpec, Condition, read_cohorts
+from c2al.data.cohorts import PAIR_LABELS, Cohorts, CohortSpec, Condition, read_cohorts
 from c2al.data.hashing import DRAW_BUCKETS, drawn_share
 from c2al.data.source import open_dataset
 from c2al.discovery.axes import cohort_spec
@@ -49,7 +49,7 @@ def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     config = on_axis(config, arm.axis)
     found = read_cohorts(discovery / "cohorts.json")
     if arm.cohorts in ("random", "least"):
-        return _other_pair(arm, config, discovery, found.named)
+        return _other_pair(arm, config, discovery, found)
     try:
         pair = found.chosen()
     except CohortError as e:
@@ -59,15 +59,18 @@ def cohorts_of(arm: Arm, config: Config, discovery: Path | None) -> Pair:
     return pair if arm.cohorts == "chosen" else placebo(pair, config, arm.draw)
 
 
-def _other_pair(arm: Arm, config: Config, discovery: Path, chosen: Pair) -> Pair:
+def _other_pair(arm: Arm, config: Config, discovery: Path, found: Cohorts) -> Pair:
     """A pair of the minimum size that is not the chosen one: drawn, or the one of least divergence."""
     pairs = [
-        p for p in eligible_pairs(config, discovery) if [c.conditions for c in p[0]] != [c.conditions for c in chosen]
+        p
+        for p in eligible_pairs(config, discovery)
+        if [c.conditions for c in p[0]] != [c.conditions for c in found.named]
     ]
     if not pairs:
         raise NoCohorts(
             f"arm '{arm.name}': no other pair of cohorts has {config.discover.min_rows} rows and "
             f"{config.discover.min_positives} positives in both (discover.min_rows, discover.min_positives)"
+            + ("" if found.named else f"; of the choice, discovery says: {found.reason}")
         )
     if arm.cohorts == "least":
         return min(pairs, key=lambda p: p[1])[0]

@@ -48,6 +48,8 @@ def experiment(config: Config, output: Path, world: World, command: str, share: 
     world.once(lambda: start(config, output, command))
     bench = Bench(config, output, world, share)
     trials, selected = bench.baseline()
+    # Rows of the test split that no model could score are found before the arms are trained.
+    bench.score(trials[selected], bench.seeds[0], config.data.test, "scores_test", wait=False)
     discovery = run_discovery(bench, trials[selected])
     base = arms_base(config, trials[selected])
     plans = [plan_arm(bench, arm, base, discovery) for arm in arms_of(config)]
@@ -100,8 +102,7 @@ def _records(bench: Bench, trials: list[Trial], plans: list[Plan], discovery: Di
     """
     while True:
         bench.worked = False
-        for plan in plans:
-            train_arm(bench, plan)
+        plans = [train_arm(bench, plan) for plan in plans]
         baseline = baseline_record(bench, trials)
         arms = [arm_record(bench, plan) for plan in plans]
         done = tuple(a for a in arms if a is not None)

@@ -8,6 +8,10 @@ from c2al.config import load_config, save_config
 from c2al.errors import ConfigError
 from c2al.evaluation.evaluate import BASELINE, arm, evaluate, paired
 from c2al.evaluation.result import Arm
+from c2al.files import refuse_foreign
+
+_OWN = ("evaluation.json", "evaluation.csv", "config.toml")
+"""Names that a folder of this job may hold. A run's config.toml is not to be replaced by an evaluation's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
     arms = _arms(args)
+    refuse_foreign(args.output, _OWN, "evaluate")
     if args.cohorts is None and (cut := [axis.name for axis in config.axes if axis.kind != "categorical"]):
         print(f"axes left out, since their cuts are in a cohorts.json (--cohorts): {', '.join(cut)}", file=sys.stderr)
     comparisons = [(a, against) for a, against in args.compare]

@@ -10,6 +10,7 @@ from c2al.report.experiment import Experiment
 from c2al.report.page import between, counted, escaped, figure, number, table, value
 from c2al.report.record import ArmRecord, TrialRecord, repeated
 from c2al.report.verdict import FORM
+from c2al.text import percent
 
 LAMBDA = "train.auxiliary_lambda"
 MOST_BARS = 40
@@ -40,9 +41,9 @@ def section(e: Experiment) -> str:
     seeds = ", ".join(map(str, e.record.seeds))
     return f"""<h2>Arms</h2>
 <p>Test NE and NE_diff are means over the seeds ({escaped(seeds)}). Intervals cover users and seeds together (bootstrap
-over users, {e.evaluation.replicates:,} replicates), at {e.evaluation.confidence:.0%}. Holm's method corrects them for
-the {counted(len(overall.differences), "comparison")} on the whole test set. An arm counts as lower or higher exactly
-if its corrected interval excludes 0.</p>
+over users, {e.evaluation.replicates:,} replicates), at {percent(e.evaluation.confidence)}. Holm's method corrects them
+for the {counted(len(overall.differences), "comparison")} on the whole test set. An arm counts as lower or higher
+exactly if its corrected interval excludes 0.</p>
 {table(head, rows, text=(0, 1, 8, 9))}
 {figure(figures.forest(drawn), _FOREST) if drawn else ""}
 {_against(others)}
@@ -189,9 +190,9 @@ def power(e: Experiment) -> str:
     head = ["", "arm", "against", "smallest NE_diff seen", f"seeds for {said}", f"users for {said}"]
     return f"""<h2 id="power">Power</h2>
 <p>{lead}The smallest difference that would be seen has an 80% chance to be told from 0 at
-{e.evaluation.confidence:.0%} confidence over {counted(len(e.evaluation.comparisons), "comparison")} (the first step of
-Holm's method): it is that of the corrected comparison which a verdict follows. The last columns say how many seeds on
-these users, or how many users with these seeds, would see {said}.</p>
+{percent(e.evaluation.confidence)} confidence over {counted(len(e.evaluation.comparisons), "comparison")} (the first
+step of Holm's method): it is that of the corrected comparison which a verdict follows. The last columns say how many
+seeds on these users, or how many users with these seeds, would see {said}.</p>
 {table(head, rows, text=(0, 1, 2))}"""
 
 

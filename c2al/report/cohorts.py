@@ -8,6 +8,7 @@ from c2al.report import figures
 from c2al.report.experiment import Experiment
 from c2al.report.page import between, escaped, figure, number, table, value
 from c2al.report.verdict import FORM
+from c2al.text import percent
 
 MOST_SEGMENTS = 30
 """Bars of one axis; the largest segments are drawn, all are in evaluation.csv."""
@@ -42,8 +43,8 @@ def segments(e: Experiment) -> str:
     return f"""<h2>NE_diff by segment</h2>
 <p>{escaped(arm)} against {escaped(baseline)}. Bars are NE_diff, lines its corrected interval, the dashed line the whole
 test set; in brackets the rows. Only what passes is coloured: of the coloured segments of an arm, at most
-{1 - e.evaluation.confidence:.0%} are false on average (Benjamini-Hochberg). Grey: no difference shown; dotted: too few
-users for an interval. An arrow with its number marks what runs out of the axis.</p>
+{percent(1 - e.evaluation.confidence)} are false on average (Benjamini-Hochberg). Grey: no difference shown; dotted: too
+few users for an interval. An arrow with its number marks what runs out of the axis.</p>
 {"".join(drawn)}
 {_by_arm(e)}
 <p class="note">All numbers: evaluation/evaluation.csv.</p>"""
@@ -112,9 +113,9 @@ def choice(e: Experiment) -> str:
 {_statistics(e.cohorts, specs)}
 <p>The {MOST_PAIRS} pairs of each axis that differ most, by the baseline's predictions on the
 {escaped(e.config.experiment.discover_on)} split. Pairs are ranked by the lower bound of {escaped(rule["measure"])}
-({rule["confidence"]:.0%}, {escaped(rule["correction"])} over {rule["tested_pairs"]:,} pairs): noise alone seldom lifts
-it above 0. Divergences are corrected for their bias and stand with their intervals; one that is not above 0 is shown as
-"about 0".</p>
+({percent(rule["confidence"])}, {escaped(rule["correction"])} over {rule["tested_pairs"]:,} pairs): noise alone seldom
+lifts it above 0. Divergences are corrected for their bias and stand with their intervals; one that is not above 0 is
+shown as "about 0".</p>
 {table(head, rows, text=(0, 1, 2), marked=marked, wrapped=range(4, len(head)))}
 <ul class="note">{notes}</ul>"""
 

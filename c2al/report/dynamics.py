@@ -10,6 +10,7 @@ from scipy import special
 from c2al.report import figures
 from c2al.report.experiment import Entry, Experiment, Line
 from c2al.report.page import between, escaped, figure, number, table
+from c2al.text import percent
 from c2al.training.diagnostics import NEAR_ZERO, NEAR_ZERO_RELATIVE
 
 Y_MEASURES = ("near_zero", "near_zero_relative", "std", "kurtosis", "participation_ratio", "entropy")
@@ -206,7 +207,7 @@ def _y_over_seeds(e: Experiment) -> str:
     if not rows:
         return ""
     return f"""<p>Over the seeds: means at the end of training, and the mean difference of paired seeds with its
-{confidence:.0%} t-interval, which is not corrected for the number of rows.</p>
+{percent(confidence)} t-interval, which is not corrected for the number of rows.</p>
 {table(["layer", "measure", baseline, e.main.name, "difference", "interval"], rows, text=(0, 1))}"""
 
 

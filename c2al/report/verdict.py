@@ -4,6 +4,7 @@ from c2al.evaluation.result import COHORT, OVERALL, Difference, Evaluation, Segm
 from c2al.report.experiment import Experiment
 from c2al.report.page import between, counted, escaped, number
 from c2al.report.record import ArmRecord, Record, same_training
+from c2al.text import percent
 
 FORM = "{:+.3%}"
 MOST_SENTENCES = 4
@@ -30,7 +31,7 @@ def sentence(d: Difference, confidence: float) -> str:
     said = _SAID[judgement.verdict].format(arm=d.arm, against=d.against)
     _, _, limits = judgement.words.partition("; ")
     return (
-        f"{said}: NE_diff {number(estimate.value, FORM)}, corrected {confidence:.0%} interval "
+        f"{said}: NE_diff {number(estimate.value, FORM)}, corrected {percent(confidence)} interval "
         f"{between(judgement.corrected_interval, FORM)}{f'; {limits}' if limits else ''}."
     )
 
@@ -92,7 +93,7 @@ def harmed(evaluation: Evaluation, arm: ArmRecord, other: ArmRecord) -> list[str
     worse = [(s, v, j) for s, v, j in found if v is not None and j is not None and j.verdict == "higher"]
     worse.sort(key=lambda found: -found[0].rows)
     named = [
-        f"{s.axis} = {s.name} ({s.rows:,} rows) {number(v, FORM)}, corrected {evaluation.confidence:.0%} interval "
+        f"{s.axis} = {s.name} ({s.rows:,} rows) {number(v, FORM)}, corrected {percent(evaluation.confidence)} interval "
         f"{between(j.corrected_interval, FORM)}"
         for s, v, j in worse[:MOST_SEGMENTS]
     ]

@@ -248,6 +248,33 @@ def test_a_key_that_nobody_knows_is_refused_by_name_wherever_it_stands(tmp_path,
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_two_conditions_on_one_column_are_refused(tmp_path):
+    """All but the first were ignored without a word."""
+    twice = json.loads(json.dumps(AS_LIST))
+    twice["cohorts"][0]["conditions"].append({"column": "tab", "equals": 2})
+    with pytest.raises(
+        CohortError, match="cohort '1': two conditions on column 'tab'; one may have 'lower' and 'upper'"
+    ):
+        read_cohorts(written(tmp_path, document(chosen=twice)))
+
+
+def test_cohorts_of_an_axis_that_share_values_are_refused(tmp_path):
+    def axis(*bounds):
+        cohorts = [{"name": str(b), "conditions": [{"column": "age", "lower": b[0], "upper": b[1]}]} for b in bounds]
+        return {"name": "age", "columns": ["age"], "cohorts": cohorts}
+
+    tree = document()
+    read_cohorts(written(tmp_path, {**tree, "axes": [*tree["axes"], axis((None, 10), (10, 50), (50, None))]}))
+    with pytest.raises(CohortError, match=r"axis 'age': two cohorts share values of column 'age': one is \[10"):
+        read_cohorts(written(tmp_path, {**tree, "axes": [*tree["axes"], axis((10, 50), (20, 30))]}))
+
+
+def test_users_are_drawn_by_ids_alone():
+    drawn = CohortSpec(axis="p", name="d", conditions=(Condition(column="age", draw=0, lower=0.0, upper=0.5),))
+    with pytest.raises(CohortError, match="column 'age' is double; users are drawn by integers or strings"):
+        drawn.membership(pa.table({"age": [0.5, 1.5]}))
+
+
 def test_an_unknown_key_of_a_chosen_cohort_and_a_pair_beside_a_list_are_refused(tmp_path):
     for tree, words in (
         (put(document(), ("chosen", "tail"), "lambda"), "cohort 'null': unknown key 'lambda'"),

@@ -16,7 +16,7 @@ import pytest
 
 from c2al.config import Axis, DataConfig, EvaluateConfig, dump_config, load_config, parse_config
 from c2al.data.hashing import hash64
-from c2al.errors import CohortError, ConfigError, DataError
+from c2al.errors import CohortError, ConfigError, DataError, OutputError
 from c2al.evaluation.bootstrap import poisson_weights
 from c2al.evaluation.evaluate import evaluate as evaluate_arms
 from c2al.evaluation.evaluate import paired
@@ -406,6 +406,26 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         "auc",
         "gauc",
     }
+
+
+def test_a_run_is_not_replaced_by_an_evaluation_and_is_no_two_seeds(tmp_path: Path):
+    data = impressions()
+    pair = [write(tmp_path / str(i), data, predictions(data, i)) for i in range(2)]
+    (tmp_path / "c.toml").write_text(
+        dump_config(parse_config({"data": {"sparse": [{"column": "x", "num_embeddings": 9}]}}))
+    )
+    parser = argparse.ArgumentParser()
+    job.add_arguments(parser)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("of a run")
+    (run / "statistics.json").write_text("{}")
+    words = ["--config", str(tmp_path / "c.toml"), "--pair", *pair]
+    with pytest.raises(OutputError, match=r"holds 'statistics\.json', which evaluate does not write"):
+        job.run(parser.parse_args([*words, "--output", str(run)]), [])
+    assert (run / "config.toml").read_text() == "of a run"
+    with pytest.raises(ConfigError, match="names one folder twice"):
+        job.run(parser.parse_args([*words, "--pair", *pair, "--output", str(tmp_path / "out")]), [])
 
 
 @pytest.mark.slow

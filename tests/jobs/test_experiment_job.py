@@ -17,7 +17,7 @@ import pytest
 
 from c2al.__main__ import main
 from c2al.config import Arm, Axis, Config, load_config, replace, save_config
-from c2al.data.cohorts import read_cohorts
+from c2al.data.cohorts import CohortSpec, Condition, read_cohorts, write_cohorts
 from c2al.distributed.process import process_group
 from c2al.errors import ConfigError, DataError
 from c2al.evaluation.evaluate import evaluate, paired
@@ -60,6 +60,11 @@ def trained(out: Path) -> dict[str, int]:
     """Every file that training wrote, with when it was written."""
     files = [p for p in (out / "trainings").rglob("*") if p.name in ("result.json", "part-00000.parquet")]
     return {str(p): p.stat().st_mtime_ns for p in files}
+
+
+def trained_folders(out: Path) -> list[Path]:
+    """result.json of every training that has ended."""
+    return list((out / "trainings").rglob("result.json"))
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +352,7 @@ def test_an_arm_whose_settings_and_cohorts_do_not_match_is_refused_before_any_wo
         ({"evaluate.items": "item"}, "needed is an integer or a string (evaluate.items); did you mean 'item_id'?"),
         ({"evaluate.items": "age"}, "column 'age' has type double, needed is an integer or a string (evaluate.items)"),
         ({"evaluate.items": "user_id"}, "evaluate.items: 'user_id' is data.user_id"),
+        ({"evaluate.items": "label"}, "evaluate.items: 'label' is data.label"),
         ({"evaluate.items": "prediction"}, "the column 'prediction' of the impressions would hide"),
     ],
 )
@@ -375,6 +381,64 @@ def test_a_file_of_cohorts_that_no_arm_could_use_is_refused_before_the_baselines
         assert said in err
         assert "arm 'given'" in err or name == "column"
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("axis", "columns", "said"),
+    [
+        ("kind = 'categorical'", {"a": 0.5}, "axis 'x': column 'a' is double; a categorical axis needs integers"),
+        ("kind = 'categorical'", {"a": [[1]]}, "a categorical axis needs integers"),
+        ("kind = 'percentiles', percentiles = [0, 50, 100]", {"a": "s"}, "percentiles and edges need a number"),
+        ("kind = 'categorical'", {"a": 1, "test": "one"}, "column 'a' holds strings, but integers in"),
+    ],
+)
+def test_an_axis_that_no_column_fits_is_refused_before_the_first_step(tmp_path, capsys, axis, columns, said):
+    config = splits(tmp_path)
+    for seed, (split, rows) in enumerate({"train": 4096, "validation": 2048, "test": 2048}.items()):
+        value = columns.get(split, columns["a"])
+        values = pa.array(value * rows) if isinstance(value, list) else pa.array([value] * rows)
+        write_impressions(tmp_path / split, rows, seed, a=values)
+    save_config(config, tmp_path / "c.toml")
+    assert main(words(tmp_path, "--axes", f"[{{name = 'x', column = 'a', {axis}}}]")) == 2
+    assert said in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("metrics.jsonl"))
+
+
+def test_an_arm_that_cannot_train_is_a_finding_and_the_others_go_on(tmp_path, capsys):
+    """Its cohorts have no training row, as with a category that is new, or its loss is not finite."""
+    there = (CohortSpec(axis="s", name="feed", conditions=(Condition(column="surface", equals="feed"),), label="head"),)
+    new = (dataclasses.replace(there[0], conditions=(Condition(column="surface", equals="new"),)),)
+    for name, cohorts in (("there", there), ("new", new)):
+        write_cohorts(tmp_path / f"{name}.json", cohorts, "by hand")
+    arms = (
+        Arm(name="new", cohorts="file", file=str(tmp_path / "new.json")),
+        Arm(name="wild", cohorts="none", overrides={"train.optimizer.dense_lr": 1e18}),
+        Arm(name="good", cohorts="file", file=str(tmp_path / "there.json")),
+    )
+    small(tmp_path, arms, **{"experiment.seeds": (0,), "train.epochs": 1})
+    assert main(words(tmp_path)) == 0
+    found = {a.name: a for a in read_record(tmp_path / "out").arms}
+    assert "has no rows in data.train" in found["new"].finding
+    assert "not finite" in found["wild"].finding
+    assert found["good"].selected == 0
+    assert "Not trained: new." in capsys.readouterr().out
+
+
+def test_a_grid_that_nothing_can_be_chosen_from_is_an_error(tmp_path, capsys):
+    config = small(tmp_path, (Arm(name="c", cohorts="none", select={"train.ema": [0.5, 0.9]}),))
+    write_impressions(tmp_path / "validation", 2048, 1, label=np.zeros(2048, np.int8))
+    assert main(words(tmp_path, "--experiment.seeds", "[0]", "--train.epochs", "1")) == 2
+    assert "data.validation: NE is undefined there for every setting of c" in capsys.readouterr().err
+    assert config.experiment.seeds == (0, 1)
+
+
+def test_test_rows_that_no_model_can_score_are_found_before_the_arms_train(tmp_path, capsys):
+    small(tmp_path, (Arm(name="c", cohorts="none", overrides=SLOWER),), **{"experiment.seeds": (0,)})
+    users = pa.array([None, *range(2047)], pa.int64())
+    write_impressions(tmp_path / "test", 2048, 2, user_id=users)
+    assert main(words(tmp_path)) == 2
+    assert "column 'user_id' is null" in capsys.readouterr().err
+    assert {p.parent.parent.name.partition("-")[0] for p in trained_folders(tmp_path / "out")} == {"baseline"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -24,6 +24,7 @@ from c2al.report.figures import _rebinned
 from c2al.report.html import write_report
 from c2al.report.record import ArmRecord, Record, TrialRecord, read_record, repeated, same_training
 from c2al.report.verdict import cautions, harmed, sentence
+from c2al.text import percent as in_percent
 from c2al.training.diagnostics import YRecorder
 
 HOSTILE = '<script>parent.ran = alert("tab")</script>'
@@ -590,6 +591,10 @@ def test_one_segment_of_wide_interval_hides_no_other():
     assert "%</text>" not in svg, "nothing is cut off where all fit"
     low, high = figures._range([small], overall=-0.05)
     assert low < -5, "the line of the whole test set is in it"
+
+
+def test_a_confidence_is_never_rounded_up_to_certainty():
+    assert [in_percent(c) for c in (0.95, 0.9, 0.995, 0.999, 1 - 0.95)] == ["95%", "90%", "99.5%", "99.9%", "5%"]
 
 
 def test_one_seed_is_said_as_such(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""benchmarks/ranks.py: one round on a tiny shape, with the ratios of the same round."""
+"""benchmarks/two_ranks.py: one round on a tiny shape, with the ratios of the same round."""
 
 import csv
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "ranks.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_ranks.py"
 
 
 def test_a_round_of_one_and_two_ranks(tmp_path):

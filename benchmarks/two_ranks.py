@@ -1,6 +1,6 @@
 """How much faster do two ranks train than one, where each has a core of its own?
 
-    python benchmarks/ranks.py [--shape wukong-26x16] [--precision float32] [--rounds 4]
+    python benchmarks/two_ranks.py [--shape wukong-26x16] [--precision float32] [--rounds 4]
 
 Each round runs, one after the other and with one thread per rank, `c2al train` from Parquet as
 
