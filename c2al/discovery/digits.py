@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from c2al.compiled import compiled
 from c2al.data.arrow_types import is_text
-from c2al.data.cohorts import Category, numeric
+from c2al.data.cohort_codes import Category, numeric
 from c2al.errors import CohortError, DataError
 
 _NARROW = 64

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.compiled import compiled
-from c2al.data.cohorts import Category
+from c2al.data.cohort_codes import Category
 from c2al.errors import CohortError
 
 BINS = 24 * 64

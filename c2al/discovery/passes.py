@@ -18,7 +18,7 @@ import torch
 
 from c2al.config import Axis, DiscoverConfig
 from c2al.data.arrow_types import is_text
-from c2al.data.cohorts import numeric
+from c2al.data.cohort_codes import numeric
 from c2al.data.source import File
 from c2al.discovery.accumulate import BlockScanner
 from c2al.discovery.accumulators import Accumulators

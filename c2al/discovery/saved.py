@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from c2al.config import Axis
-from c2al.data.cohorts import Category
+from c2al.data.cohort_codes import Category
 from c2al.data.identity import FileIdentity
 from c2al.discovery.accumulators import Accumulators
 from c2al.discovery.axes import Columns, Cuts, Target, cut_problem, targets

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from c2al.config import Axis
-from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, axis_problem, read_cohorts
+from c2al.data.cohort_codes import axis_problem
+from c2al.data.cohorts import AxisCohorts, CohortSpec, Condition, read_cohorts
 from c2al.errors import CohortError
 from c2al.evaluation.result import COHORT, OVERALL
 from c2al.evaluation.scores import Scores, row_groups

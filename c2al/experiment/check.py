@@ -4,7 +4,8 @@ from typing import Any
 
 from c2al.config import BASELINE, OF_AUXILIARY_LOSSES, Arm, Config, TrainConfig, flat_settings
 from c2al.data.arrow_types import family
-from c2al.data.cohorts import PAIR_LABELS, axis_problem, read_cohorts
+from c2al.data.cohort_codes import axis_problem
+from c2al.data.cohorts import PAIR_LABELS, read_cohorts
 from c2al.data.schema import check_columns
 from c2al.data.source import open_dataset
 from c2al.errors import CohortError, ConfigError, DataError

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_ranks.py"
 
 
+@pytest.mark.slow
 def test_a_round_of_one_and_two_ranks(tmp_path):
     words = ["--shape", "tiny", "--rounds", "1", "--steps", "8", "--compile", "off", "--contenders", "one", "two"]
     done = subprocess.run(

@@ -23,6 +23,7 @@ def drill(folder: Path, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_kill_while_a_checkpoint_is_written_does_not_matter(tmp_path, monkeypatch):
     """Seed 1 kills while writing; the run restarts by itself and ends with the undisturbed run's weights."""

@@ -124,7 +124,7 @@ PLAN = '{"format": "plan", "version": 1, "tables": %s}'
         ("[]", "not a plan file"),
         ('{"tables": {}}', "format None, version None; this c2al reads 'plan', version 1"),
         (PLAN % '{"user": {"ranks": [0]}}', "damaged: tables.user.sharding: missing"),
-        (PLAN % '{"user": 3}', "damaged: tables.user: expected a section, got int 3"),
+        (PLAN % '{"user": 3}', "damaged: tables.user: expected a section, got integer 3"),
         (
             PLAN % '{"user": {"sharding": "table_wise", "ranks": ["0"]}}',
             r"damaged: tables.user.ranks\[0\]: expected int",
