@@ -104,7 +104,6 @@ def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="c2al", description=DESCRIPTION, allow_abbrev=False)
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
     job_name = words[0] if words else ""
-    unknown = bool(job_name) and not job_name.startswith("-") and job_name not in JOBS
     for name, description in JOBS.items():
         job = jobs.add_parser(name, help=description, description=description, allow_abbrev=False)
         if name == job_name:
@@ -116,7 +115,7 @@ def _run(words: list[str]) -> int:
     if not words:
         parser.print_help(sys.stderr)
         return 2
-    if unknown:
+    if job_name and not job_name.startswith("-") and job_name not in JOBS:
         parser.error(f"no job '{job_name}'{hint(job_name, JOBS) or '; there are ' + ', '.join(JOBS)}")
     known, overrides = parser.parse_known_args(words)
     try:

@@ -84,9 +84,10 @@ def axis_problem(kind: str, type_: pa.DataType) -> str:
     single = decoded(type_)
     if kind == "categorical":
         fits = not is_list(single) and category(single) is not None
-        return "" if fits else f"is {type_}; a categorical axis needs integers, strings or bools"
+        needed = "integers, strings or bools (a number can be cut by percentiles or edges)"
+        return "" if fits else f"is {type_}; a categorical axis needs {needed}"
     fits = pa.types.is_integer(single) or pa.types.is_floating(single)
-    return "" if fits else f"is {type_}; percentiles and edges need a number"
+    return "" if fits else f"is {type_}, percentiles and edges need a number"
 
 
 def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.NDArray[np.float32]:
@@ -99,8 +100,8 @@ def numeric(values: pa.Array | pa.ChunkedArray, column: str, axis: str) -> npt.N
     values = flat(plain(values))
     if pa.types.is_integer(values.type):
         return float32_rounded_down(values)
-    if not pa.types.is_floating(values.type):
-        raise CohortError(f"axis '{axis}': column '{column}' is {values.type}, percentiles and edges need a number")
+    if wrong := axis_problem("edges", values.type):
+        raise CohortError(f"axis '{axis}': column '{column}' {wrong}")
     raw_R = float64(values) if values.null_count else np.from_dlpack(values)
     with np.errstate(over="ignore"):  # Beyond float32 is infinity, which lies in the last interval.
         return np.asarray(raw_R, np.float32)

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from c2al.compiled import compiled
 from c2al.data.arrow_types import is_text
-from c2al.data.cohort_codes import Category, numeric
+from c2al.data.cohort_codes import Category, axis_problem, numeric
 from c2al.errors import CohortError, DataError
 
 _NARROW = 64
@@ -262,10 +262,8 @@ class Categories:
             except UnicodeDecodeError as e:
                 where = f"axis '{self.axis}': column '{self._column}'"
                 raise DataError(f"{where} holds a string that is not UTF-8: {e.object[:80]!r}") from e
-        raise CohortError(
-            f"axis '{self.axis}': column '{self._column}' is {values.type}; a categorical axis needs integers, "
-            "strings or bools (a number can be cut by percentiles or edges)"
-        )
+        wrong = axis_problem("categorical", values.type)
+        raise CohortError(f"axis '{self.axis}': column '{self._column}' {wrong}")
 
     def _filled(self, values: pa.Array) -> _Integers:
         """Integers as int32 or int64 (R,), with a value that occurs in place of null."""

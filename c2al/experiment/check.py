@@ -1,5 +1,6 @@
 """What can be said of an experiment before its first training: settings, data, and what one process takes of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from c2al.config import BASELINE, OF_AUXILIARY_LOSSES, Arm, Config, TrainConfig, flat_settings
@@ -7,7 +8,7 @@ from c2al.data.arrow_types import family
 from c2al.data.cohort_codes import axis_problem
 from c2al.data.cohorts import PAIR_LABELS, read_cohorts
 from c2al.data.schema import check_columns
-from c2al.data.source import open_dataset
+from c2al.data.source import File, open_dataset
 from c2al.errors import CohortError, ConfigError, DataError
 from c2al.experiment.bench import Share
 from c2al.experiment.folder import SPLITS
@@ -116,21 +117,21 @@ def check_data(config: Config) -> None:
     """
     axes = [a.column for a in config.axes if a.column]
     given = [column for arm in config.arms if arm.cohorts == "file" for column in _columns_of_file(arm)]
-    _check_axes(config)
+    files: list[File] = []
     for split in SPLITS:
         carried = axes if split == "test" else [*axes, *given]  # test data are scored, and need no cohorts
         items = config.evaluate.items if split in ("test", config.experiment.discover_on) else ""
-        files = open_dataset(getattr(config.data, split))
-        check_columns(files, config.data, tuple(dict.fromkeys(carried)), items=items)
+        own = open_dataset(getattr(config.data, split))
+        check_columns(own, config.data, tuple(dict.fromkeys(carried)), items=items)
+        files += own
+    _check_axes(config, files)
 
 
-def _check_axes(config: Config) -> None:
+def _check_axes(config: Config, files: Sequence[File]) -> None:
     """Raises DataError for an axis whose column no stage could cut by, or that is another kind in another split."""
     for axis in (a for a in config.axes if a.column):
         first: tuple[str, str] | None = None
-        for file in (f for split in SPLITS for f in open_dataset(getattr(config.data, split))):
-            if axis.column not in file.schema.names:
-                continue  # check_columns says so
+        for file in files:
             kind = file.schema.field(axis.column).type
             if wrong := axis_problem(axis.kind, kind):
                 raise DataError(f"{file.name}: axis '{axis.name}': column '{axis.column}' {wrong}")
