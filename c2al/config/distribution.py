@@ -41,6 +41,10 @@ class DistConfig:
     """Device memory per rank in the planner's topology, in GiB; 0: the device's."""
     ddr_gib: float = 8.0
     """Host memory per rank in the planner's topology, in GiB."""
+    within_host_gib_s: float = 0.0
+    """Bandwidth between ranks of one host in the planner's topology, in GiB/s; 0: 600 between GPUs, 1 between CPUs."""
+    between_hosts_gib_s: float = 0.0
+    """Bandwidth of one rank's network link in the planner's topology, in GiB/s; 0: 12.5 for GPUs, 1 for CPUs."""
     forward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Type in which pooled embeddings travel between ranks."""
     backward_comm: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
@@ -53,7 +57,7 @@ class DistConfig:
             yield "sharding", "must name at least one type"
         if self.timeout_seconds <= 0:
             yield "timeout_seconds", f"must be positive, is {self.timeout_seconds}"
-        for field in ("hbm_gib", "ddr_gib", "local_world_size"):
+        for field in ("hbm_gib", "ddr_gib", "local_world_size", "within_host_gib_s", "between_hosts_gib_s"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
         names = [t.name for t in self.tables]

@@ -25,6 +25,10 @@ WORTH_STEPS = 10_000
 """Fewest steps on a GPU that compiling pays for. The host launches a compiled step in less time: on an H100 that
 saved 8 ms of 25 per step, and compiling took half a minute (docs/LOG.md)."""
 
+BLOCK_BYTES = 4 * 2**20
+"""Largest activation that compiled layers work on at once on a CPU: two, and their gradients, stay in its caches.
+Blocks of the batch gave 10% of a step at 28 and at 64 fields of 64 dimensions (docs/LOG.md)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +48,9 @@ def compile_training(
     if choice == "auto" and before is None:
         pays = _pays(over, config, world, steps)
     if choice == "on" or (choice == "auto" and pays):
-        over.compiled = _Compiled(over, required=choice == "on")
+        # A penalty on Y is a mean over the rows that a block has, and dropout would draw in another order.
+        whole = config.model.dropout or config.model.fm.y_l1 or config.model.fm.y_l2 or world.device.type != "cpu"
+        over.compiled = _Compiled(over, required=choice == "on", block_bytes=0 if whole else BLOCK_BYTES)
 
 
 def cpu_kernels() -> dict[str, Any]:
@@ -87,14 +93,19 @@ def _pays(over: OverArch, config: Config, world: World, steps: int) -> bool:
 
 
 class _Compiled:
-    """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required."""
+    """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required.
 
-    def __init__(self, over: OverArch, required: bool) -> None:
+    block_bytes: a batch whose embeddings take more runs in equal blocks of rows; 0: never.
+    """
+
+    def __init__(self, over: OverArch, required: bool, block_bytes: int = 0) -> None:
         self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
         options: dict[str, Any] = {"fallback_random": True} | cpu_kernels()
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self.failed = required, False
+        self._block_bytes = block_bytes
+        self._number_bytes = 2 if over.autocast else 4
 
     def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         if self.failed:
@@ -102,7 +113,11 @@ class _Compiled:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+            blocks = self._blocks(pooled_BND)
+            if pooled_BND is None or blocks == 1:
+                return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+            parts = zip(dense_BF.chunk(blocks), pooled_BND.chunk(blocks), strict=True)
+            return torch.cat([self._compiled(dense_bF, pooled_bND) for dense_bF, pooled_bND in parts])
         except TorchDynamoException as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             if self._required:
@@ -110,3 +125,11 @@ class _Compiled:
             logger.warning("train.compile: torch.compile failed, training goes on without it: %s", reason)
             self.failed = True
         return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+
+    def _blocks(self, pooled_BND: Tensor | None) -> int:
+        """Least number of equal blocks of rows in which the embeddings of one fit; 1 where none divides the batch."""
+        if pooled_BND is None or not self._block_bytes:
+            return 1
+        rows, size = len(pooled_BND), pooled_BND.numel() * self._number_bytes
+        least = -(-size // self._block_bytes)
+        return next((n for n in range(least, 2 * least) if n and rows % n == 0), 1)

@@ -46,7 +46,7 @@ from c2al.training.start_from import Earlier, Start, Started, continued, refuse_
 # nothing that changes the sequence of weights.
 _FREE = (
     *(f"dist.{k}" for k in ("device", "sharding", "tables", "plan", "local_world_size", "hbm_gib", "ddr_gib")),
-    "dist.timeout_seconds",
+    *(f"dist.{k}" for k in ("within_host_gib_s", "between_hosts_gib_s", "timeout_seconds")),
     *(f"train.{k}" for k in ("checkpoint.", "log_every", "eval_every", "y_every", "profile_steps")),
     *(f"data.{k}" for k in ("workers", "prefetch", "validation", "test")),
     *("discover.", "evaluate.", "experiment.", "axes", "arms"),

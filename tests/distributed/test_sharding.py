@@ -16,11 +16,13 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.distributed.optim import make_optimizer
-from c2al.distributed.placement import Placement, plan_arithmetic
+from c2al.distributed.placement import Cluster, Placement, plan_arithmetic
+from c2al.distributed.planner import choose_plan
 from c2al.distributed.process import process_group
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.distributed.tables import local_tables, plan_of
 from c2al.errors import PlanError
+from c2al.training.model import C2ALModel
 from ranks import run_ranks
 
 MODEL_PARALLEL = ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise"]
@@ -67,6 +69,20 @@ def test_the_planner_follows_the_constraints_of_each_table():
         "item": Placement("column_wise", (0, 0, 0, 0)),
         "tags": Placement("data_parallel", ()),
     }
+
+
+def test_ranks_on_cpus_do_not_exchange_sums_as_if_over_nvlink():
+    """Splitting rows halves a rank's lookups, and gloo brings the sums back at 0.3 GB/s. The links are the config's."""
+
+    def shardings(**dist) -> set[str]:
+        sparse = [{"column": f"s{i}", "num_embeddings": 2000 + i} for i in range(4)]
+        given = {"data__sparse": sparse, "model__embedding_dim": 16, "train__batch_size": 2048} | dist
+        config = toy.config(dist__sharding=["table_wise", "row_wise"], **given)
+        plan = choose_plan(C2ALModel(config), config, Cluster(2, 2, torch.device("cpu")))
+        return {placement.sharding for placement in plan.values()}
+
+    assert shardings() == {"table_wise"}
+    assert shardings(dist__within_host_gib_s=600.0) == {"row_wise"}
 
 
 def test_what_cannot_be_is_refused_alike_on_every_rank(tmp_path):

@@ -66,6 +66,19 @@ def test_compiled_steps_equal_plain_ones(config, world, tmp_path):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls == 1, "one graph, of training steps"
 
 
+@pytest.mark.parametrize("overrides", [{}, {"model.fm.y_l2": 0.1}, {"model.dropout": 0.1}])
+def test_steps_in_blocks_of_rows_equal_plain_ones(config, world, tmp_path, monkeypatch, overrides):
+    """Also with what a block alone cannot give: a mean over the batch, and random numbers in the batch's order."""
+    rows = config.train.batch_size
+    monkeypatch.setattr(compilation, "BLOCK_BYTES", len(config.data.sparse) * config.model.embedding_dim * rows)
+    _, expected = trained(config, world, tmp_path / "off", 10, **{"train.compile": "off"}, **overrides)
+    ours, losses = trained(config, world, tmp_path / "on", 10, **{"train.compile": "on"}, **overrides)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0, atol=1e-5)
+    over = next(m for m in ours.model.modules() if isinstance(m, OverArch))
+    blocks = over.compiled._blocks(torch.empty(rows, len(over.keys), over.dim))
+    assert blocks == (1 if overrides else 4), "float32 is four times the limit"
+
+
 def test_compiled_bfloat16_layers_of_64_fields_equal_plain_ones(config):
     """Tiles of 32 x 32 values that are transposed once held garbage."""
     fields = 64 - len(config.data.sparse)
