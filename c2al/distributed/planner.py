@@ -20,7 +20,7 @@ from c2al.errors import PlanError
 
 GIB = 2**30
 GLOO_GIB_S = 1.0
-"""What gloo's all-to-all brings to a rank over loopback: 1.1 to 1.4 GB/s (docs/LOG.md). A network of 10 Gb/s is like it."""
+"""What gloo brings to a rank over loopback: 1.1 to 1.4 GB/s (docs/LOG.md). A network of 10 Gb/s is like it."""
 
 
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
