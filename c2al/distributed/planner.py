@@ -7,7 +7,6 @@ from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.constants import CROSS_NODE_BANDWIDTH, INTRA_NODE_BANDWIDTH
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
@@ -19,8 +18,9 @@ from c2al.distributed.tables import tables_of
 from c2al.errors import PlanError
 
 GIB = 2**30
-GLOO_GIB_S = 1.0
-"""What gloo brings to a rank over loopback: 1.1 to 1.4 GB/s (docs/LOG.md). A network of 10 Gb/s is like it."""
+LINKS_GIB_S = {"cuda": (600.0, 12.5), "cpu": (1.0, 1.0)}
+"""GiB/s of a rank within its host and between hosts. Of GPUs TorchRec's own figures; of CPUs what gloo brings over
+loopback (docs/LOG.md), which a network of 10 Gb/s is like. At a GPU's figures splitting rows would seem free there."""
 
 
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
@@ -109,17 +109,15 @@ def _topology(config: Config, world: Ranks) -> Topology:
     cuda, hbm = world.device.type == "cuda", config.dist.hbm_gib * GIB
     if cuda and not hbm and not torch.cuda.is_available():
         raise PlanError("dist.hbm_gib: must be set to plan for GPUs where none is to be asked")
-    # Without these, ranks on CPUs would exchange embeddings at NVLink's speed, and splitting rows would seem free.
-    slow = 0.0 if cuda else GLOO_GIB_S
-    within, between = config.dist.within_host_gib_s or slow, config.dist.between_hosts_gib_s or slow
+    within, between = LINKS_GIB_S[world.device.type]
     return Topology(
         world_size=world.size,
         local_world_size=world.local_size,
         compute_device=world.device.type,
         hbm_cap=int(hbm or torch.cuda.get_device_properties(world.device).total_memory) if cuda else None,
         ddr_cap=int(config.dist.ddr_gib * GIB),
-        intra_host_bw=within * GIB / 1e3 if within else INTRA_NODE_BANDWIDTH,  # bytes per millisecond
-        inter_host_bw=between * GIB / 1e3 if between else CROSS_NODE_BANDWIDTH,
+        intra_host_bw=(config.dist.within_host_gib_s or within) * GIB / 1e3,  # bytes per millisecond
+        inter_host_bw=(config.dist.between_hosts_gib_s or between) * GIB / 1e3,
     )
 
 

@@ -26,8 +26,8 @@ WORTH_STEPS = 10_000
 saved 8 ms of 25 per step, and compiling took half a minute (docs/LOG.md)."""
 
 BLOCK_BYTES = 4 * 2**20
-"""Largest activation that compiled layers work on at once on a CPU: two, and their gradients, stay in its caches.
-Blocks of the batch gave 10% of a step at 28 and at 64 fields of 64 dimensions (docs/LOG.md)."""
+"""Largest activation that compiled layers work on at once on a CPU. Blocks of that size took 10% off a float32 step
+at 28 and at 64 fields of 64 dimensions; smaller batches lose by them (docs/LOG.md)."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +113,7 @@ class _Compiled:
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            blocks = self._blocks(pooled_BND)
-            if pooled_BND is None or blocks == 1:
+            if pooled_BND is None or (blocks := self._blocks(pooled_BND)) == 1:
                 return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
             parts = zip(dense_BF.chunk(blocks), pooled_BND.chunk(blocks), strict=True)
             return torch.cat([self._compiled(dense_bF, pooled_bND) for dense_bF, pooled_bND in parts])
@@ -126,10 +125,10 @@ class _Compiled:
             self.failed = True
         return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
 
-    def _blocks(self, pooled_BND: Tensor | None) -> int:
-        """Least number of equal blocks of rows in which the embeddings of one fit; 1 where none divides the batch."""
-        if pooled_BND is None or not self._block_bytes:
+    def _blocks(self, pooled_BND: Tensor) -> int:
+        """Least number of equal blocks of rows, each within the limit; 1 where none below twice that many divides."""
+        if not self._block_bytes:
             return 1
         rows, size = len(pooled_BND), pooled_BND.numel() * self._number_bytes
         least = -(-size // self._block_bytes)
-        return next((n for n in range(least, 2 * least) if n and rows % n == 0), 1)
+        return next((n for n in range(least, 2 * least) if rows % n == 0), 1)
