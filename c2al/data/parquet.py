@@ -46,6 +46,7 @@ class BatchReader:
         start_step: the first step to yield; blocks before it are not decoded.
         cohorts: the chosen ones, to fill Batch.member_BC.
         carry: columns to hand through unchanged in Batch.carried.
+        pin_memory: as torch's DataLoader means it: batches from which a GPU copies while the host goes on.
 
     Raises ConfigError for sizes that do not divide and DataError for what is wrong with the
     files: at once what footers tell, during iteration bad values.
@@ -67,6 +68,7 @@ class BatchReader:
         start_step: int = 0,
         cohorts: "Sequence[CohortSpec]" = (),
         carry: tuple[str, ...] = (),
+        pin_memory: bool = False,
     ):
         _check_sizes(batch_size, shards, world_size)
         self._data = data
@@ -82,7 +84,7 @@ class BatchReader:
         if not 0 <= start_step <= self.steps:
             shown = ", ".join(map(redacted, paths))
             raise DataError(f"{shown}: step {start_step} is not within the epoch's {self.steps} steps")
-        self._start_step = start_step
+        self._start_step, self._pin_memory = start_step, pin_memory
         own = shards // world_size
         self._shards = range(rank * own, (rank + 1) * own)
         self._size = batch_size // world_size
@@ -111,7 +113,8 @@ class BatchReader:
                     for step, (a, b) in order.steps_of(block):
                         if step >= self._start_step:
                             pieces = [p.slice(min(a, len(p)), min(b, len(p))) for p in parts]
-                            yield collate(pieces, self._data, self._size, order.real_rows(step))
+                            batch = collate(pieces, self._data, self._size, order.real_rows(step))
+                            yield batch.pin_memory() if self._pin_memory else batch
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torchrec.distributed.embedding_types import ShardingType
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.types import CacheAlgorithm, CacheParams, ParameterSharding
 
 from c2al.errors import PlanError
 from c2al.state import read_state, write_state
@@ -21,6 +22,16 @@ DATA_PARALLEL = ShardingType.DATA_PARALLEL.value
 COLUMN_SPLIT = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.value)
 GRID = ShardingType.GRID_SHARD.value
 ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, GRID)
+
+DENSE, FUSED, CACHED = (
+    str(kernel.value)
+    for kernel in (
+        EmbeddingComputeKernel.DENSE,
+        EmbeddingComputeKernel.FUSED,
+        EmbeddingComputeKernel.FUSED_UVM_CACHING,
+    )
+)
+"""Kernels that train a table: of data_parallel; in device memory; in host memory, behind a cache on the device."""
 
 
 class Ranks(Protocol):
@@ -59,7 +70,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Placement:
-    """Sharding type of one table and the rank of each of its blocks.
+    """Sharding type of one table, the rank of each of its blocks, and the memory it is in.
 
     The ranks of each type:
         table_wise                       the one rank that holds the table
@@ -72,6 +83,15 @@ class Placement:
 
     sharding: str
     ranks: tuple[int, ...]
+    cache_load_factor: float = 0.0
+    """Share of a block's rows that its GPU caches, the whole block being in host memory; 0: all in device memory."""
+
+    @property
+    def kernel(self) -> str:
+        """TorchRec's name of the kernel that trains the table."""
+        if self.sharding == DATA_PARALLEL:
+            return DENSE
+        return CACHED if self.cache_load_factor else FUSED
 
     def column_blocks(self, local_size: int) -> int:
         """How many blocks the columns are split into."""
@@ -100,6 +120,12 @@ class Placement:
         hosts = [list(range(h * local, (h + 1) * local)) for h in range(world.size // local)]
         if any(not 0 <= r < world.size for r in ranks):
             return f"ranks {list(ranks)} are not all in [0, {world.size})"
+        if not 0 <= self.cache_load_factor < 1:
+            return f"cache_load_factor must be in [0, 1), is {self.cache_load_factor}"
+        if self.cache_load_factor and self.sharding == DATA_PARALLEL:
+            return "data_parallel has no cache_load_factor"
+        if self.cache_load_factor and world.device.type == "cpu":
+            return "cache_load_factor is of tables that GPUs train"
         match self.sharding:
             case "data_parallel":
                 return None if not ranks else "data_parallel takes no ranks"
@@ -124,6 +150,21 @@ class Placement:
                     return f"{len(parts)} column blocks of {dim} columns are not equal multiples of 4 wide"
                 return None
         return f"unknown sharding type '{self.sharding}'"
+
+
+def placement_of(sharding: ParameterSharding) -> Placement:
+    """TorchRec's own words for where a table is, in ours."""
+    kind, cached = sharding.sharding_type, sharding.compute_kernel == CACHED
+    ranks = () if kind == DATA_PARALLEL else tuple(sharding.ranks or ())
+    return Placement(kind, ranks, sharding.cache_params.load_factor if cached else 0.0)
+
+
+def cache_params(load_factor: float, prefetch: bool) -> CacheParams:
+    """Of a table in host memory. Rows leave the cache by age, as the prefetch pipeline demands.
+
+    `prefetch`: a batch ahead, the pipeline fills the cache and locks the rows until their update.
+    """
+    return CacheParams(algorithm=CacheAlgorithm.LRU, load_factor=load_factor, prefetch_pipeline=prefetch)
 
 
 Plan = Mapping[str, Placement]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
+from torchrec.distributed.embedding_types import ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
@@ -13,7 +13,19 @@ from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.modules.embedding_configs import PoolingType
 
 from c2al.config import Config
-from c2al.distributed.placement import COLUMN_SPLIT, DATA_PARALLEL, GRID, ROW_SPLIT, Placement, Plan, Ranks
+from c2al.distributed.placement import (
+    CACHED,
+    COLUMN_SPLIT,
+    DATA_PARALLEL,
+    DENSE,
+    FUSED,
+    GRID,
+    ROW_SPLIT,
+    Plan,
+    Ranks,
+    cache_params,
+    placement_of,
+)
 from c2al.distributed.tables import tables_of
 from c2al.errors import PlanError
 
@@ -24,17 +36,19 @@ loopback (docs/LOG.md), which a network of 10 Gb/s is like. At a GPU's figures s
 
 
 class Sharder(EmbeddingBagCollectionSharder):  # type: ignore[misc]
-    """Offers every sharding type on CPU too, and one kernel per type.
+    """Offers every sharding type on CPU too, and the kernels that a `Placement` may name.
 
-    The stock list for CPU leaves out the types that split rows. The kernel is the fused one, and the
-    dense one for data_parallel.
+    The stock list for CPU leaves out the types that split rows. The stock list for GPUs has kernels that keep a
+    table in host memory without a cache.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [DATA_PARALLEL, ShardingType.TABLE_WISE.value, *COLUMN_SPLIT, *ROW_SPLIT]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return [kernel_of(sharding_type)]
+        if sharding_type == DATA_PARALLEL:
+            return [DENSE]
+        return [FUSED, CACHED] if compute_device_type == "cuda" else [FUSED]
 
 
 class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
@@ -68,9 +82,12 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
         if world.size == 1 and "table_wise" in kinds:
             # Rated alike by the planner, but rows that are split among one rank are sorted into its one bucket.
             kinds = [k for k in kinds if k not in ROW_SPLIT]
+        kernels = (wanted and wanted.kernels) or config.dist.kernels
         constraints[table] = ParameterConstraints(
             sharding_types=kinds,
-            compute_kernels=sorted({kernel_of(k) for k in kinds}),
+            compute_kernels=[DENSE, *(kernels if world.device.type == "cuda" else [FUSED])],
+            # Rated without the prefetch: with it the planner takes host memory to be as fast as the device's.
+            cache_params=cache_params((wanted and wanted.cache_load_factor) or config.dist.cache_load_factor, False),
             min_partition=(wanted.min_partition or None) if wanted else None,
             # Of each feature that shares the table.
             pooling_factors=[
@@ -92,17 +109,15 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
         torchrec_plan = planner.plan(model, [Sharder()])
     except PlannerError as e:
         asked = sorted({k for c in constraints.values() for k in c.sharding_types or ()})
+        offered = sorted({k for c in constraints.values() for k in c.compute_kernels or () if k != DENSE})
         raise PlanError(
             f"no sharding plan fits {world.size} ranks with dist.ddr_gib = {config.dist.ddr_gib:g}, "
-            f"dist.hbm_gib = {config.dist.hbm_gib:g} and sharding types {asked}: {' '.join(str(e).split())}"
+            f"dist.hbm_gib = {config.dist.hbm_gib:g}, sharding types {asked} and kernels {offered}: "
+            f"{' '.join(str(e).split())}"
         ) from e
     except RuntimeError as e:  # the enumerator's answer to constraints that exclude everything
         raise PlanError(f"dist.sharding: {e}") from e
-    return {
-        table: Placement(s.sharding_type, () if s.sharding_type == DATA_PARALLEL else tuple(s.ranks))
-        for module in torchrec_plan.plan.values()
-        for table, s in module.items()
-    }
+    return {table: placement_of(s) for module in torchrec_plan.plan.values() for table, s in module.items()}
 
 
 def _topology(config: Config, world: Ranks) -> Topology:
@@ -119,8 +134,3 @@ def _topology(config: Config, world: Ranks) -> Topology:
         intra_host_bw=(config.dist.within_host_gib_s or within) * GIB / 1e3,  # bytes per millisecond
         inter_host_bw=(config.dist.between_hosts_gib_s or between) * GIB / 1e3,
     )
-
-
-def kernel_of(sharding_type: str) -> str:
-    dense = sharding_type == DATA_PARALLEL
-    return str((EmbeddingComputeKernel.DENSE if dense else EmbeddingComputeKernel.FUSED).value)

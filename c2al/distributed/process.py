@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import logging
 import os
+import resource
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -261,6 +262,13 @@ def _initialise(backend: str, timeout: datetime.timedelta) -> None:
         raise TrainingError(
             f"{who}: not all ranks met at {where} within {timeout.total_seconds():g} s (dist.timeout_seconds): {e}"
         ) from e
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the process, or of the device where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def hush_the_stack() -> None:

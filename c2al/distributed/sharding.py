@@ -5,7 +5,7 @@ initial weights are a function of (seed, table, row), never of the plan or of th
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,18 @@ from torchrec.optim import RowWiseAdagrad
 
 from c2al.config import Config, DistConfig
 from c2al.distributed.exchange import bytes_sent
-from c2al.distributed.placement import DATA_PARALLEL, GRID, ROW_SPLIT, Plan, Ranks, read_plan, write_plan
-from c2al.distributed.planner import Sharder, choose_plan, kernel_of
+from c2al.distributed.placement import (
+    DATA_PARALLEL,
+    GRID,
+    ROW_SPLIT,
+    Extent,
+    Plan,
+    Ranks,
+    cache_params,
+    read_plan,
+    write_plan,
+)
+from c2al.distributed.planner import Sharder, choose_plan
 from c2al.distributed.process import World, hush_the_stack
 from c2al.distributed.table_update import update_on_host
 from c2al.distributed.tables import collections_of, initialise, plan_of, sharded_configs, tables_of
@@ -44,7 +54,7 @@ FEW_RANKS = 16
 
 
 def shard_model(
-    model: nn.Module, config: Config, world: World, *, plan_again: bool = False
+    model: nn.Module, config: Config, world: World, *, for_training: bool = True
 ) -> DistributedModelParallel:
     """Distributes a model that was built identically on every rank.
 
@@ -53,8 +63,9 @@ def shard_model(
     in its tables are lost, so build it on the meta device. Everything else stays as built and is
     replicated (DDP, where there is more than one process).
 
-    `plan_again`: a plan file that does not suit this world is replaced by the planner's, and a line
-    on stderr says so. It is for readers of a trained model, whose predictions no placement changes.
+    `for_training = False` is for readers of a trained model, whose predictions no placement changes. A plan file
+    that does not suit this world is then replaced by the planner's, and a line on stderr says so. Caches of tables
+    in host memory are then filled as rows are asked for: rows that are prefetched wait for a backward pass.
 
     Raises PlanError, with one message on every rank, when no plan fits, a plan file does not suit
     the model and the ranks, a weighted table pools by mean, or a quantized communication is asked for that
@@ -69,7 +80,7 @@ def shard_model(
                 _validate(plan, config.dist.plan, tables, config, world)
                 return plan
             except PlanError as e:
-                if not plan_again:
+                if for_training:
                     raise
                 print(f"dist.plan does not fit {world.size} ranks, planning again: {e}", file=sys.stderr)
         plan = choose_plan(model, config, world)
@@ -92,7 +103,7 @@ def shard_model(
     dmp = DistributedModelParallel(
         model,
         device=world.device,
-        plan=_torchrec_plan(model, plan, world),
+        plan=_torchrec_plan(model, plan, world, for_training),
         sharders=[Sharder(qcomm_codecs_registry=_codecs(config.dist, world.device))],
         # DDP would copy every gradient for nobody, and cut a compiled model in two.
         init_data_parallel=not world.alone_on_cpu,
@@ -158,27 +169,34 @@ def planned(model: nn.Module, config: Config, ranks: Ranks) -> tuple[Plan, str]:
 
 
 def _plan_text(plan: Plan, sizes: Mapping[str, tuple[int, int]], size: int, local_size: int) -> str:
-    load = [0] * size
+    load, host = [0] * size, [0] * size
     lines = [("table", "rows x dim", "sharding", "kernel", "ranks", "bytes")]
     for name, chosen in plan.items():
         rows, dim = sizes[name]
         total = 0
         for block in chosen.extents(rows, dim, local_size):
-            stored = _bytes(block.rows, block.columns)
-            load[block.rank] += stored
-            total += stored
+            total += _bytes(block.rows, block.columns)
+            on_device, on_host = _held(block, chosen.cache_load_factor)
+            load[block.rank] += on_device
+            host[block.rank] += on_host
         if chosen.sharding == DATA_PARALLEL:
             total = _bytes(rows, dim) * size
             load = [b + _bytes(rows, dim) for b in load]
-        kernel = "dense" if chosen.sharding == DATA_PARALLEL else "fused"
         every = chosen.sharding == DATA_PARALLEL or (size > FEW_RANKS and len(chosen.ranks) == size)
         ranks = "all" if every else ",".join(map(str, chosen.ranks))
-        lines.append((name, f"{rows} x {dim}", chosen.sharding, kernel, ranks, f"{total:,}"))
-    loads = [f"rank {rank}: {stored:,} bytes" for rank, stored in enumerate(load)]
-    if size > FEW_RANKS:
-        most = max(range(size), key=load.__getitem__)
-        loads = [f"{size} ranks: {min(load):,} to {load[most]:,} bytes (rank {most})"]
+        lines.append((name, f"{rows} x {dim}", chosen.sharding, chosen.kernel, ranks, f"{total:,}"))
+    loads = [_loads_text(load, "bytes")]
+    if any(host):
+        loads = [_loads_text(load, "bytes of device memory"), _loads_text(host, "bytes of host memory")]
     return "\n".join([text_table(lines, left=5), *loads])
+
+
+def _loads_text(load: Sequence[int], unit: str) -> str:
+    """A line per rank; of many ranks the least and the most."""
+    if len(load) <= FEW_RANKS:
+        return "\n".join(f"rank {rank}: {stored:,} {unit}" for rank, stored in enumerate(load))
+    most = max(range(len(load)), key=load.__getitem__)
+    return f"{len(load)} ranks: {min(load):,} to {load[most]:,} {unit} (rank {most})"
 
 
 def _validate(plan: Plan, source: str, tables: Mapping[str, EmbeddingBagConfig], config: Config, world: Ranks) -> None:
@@ -207,7 +225,7 @@ def _validate(plan: Plan, source: str, tables: Mapping[str, EmbeddingBagConfig],
         raise PlanError("\n".join(f"{source}: {p}" for p in sorted(problems)))
 
 
-def _torchrec_plan(model: nn.Module, plan: Plan, world: World) -> ShardingPlan:
+def _torchrec_plan(model: nn.Module, plan: Plan, world: World, prefetch: bool) -> ShardingPlan:
     modules = {}
     for path, ebc in collections_of(model):
         shardings = EmbeddingModuleShardingPlan()
@@ -224,7 +242,8 @@ def _torchrec_plan(model: nn.Module, plan: Plan, world: World) -> ShardingPlan:
             parallel = chosen.sharding == DATA_PARALLEL
             shardings[table.name] = ParameterSharding(
                 sharding_type=chosen.sharding,
-                compute_kernel=kernel_of(chosen.sharding),
+                compute_kernel=chosen.kernel,
+                cache_params=cache_params(chosen.cache_load_factor, prefetch) if chosen.cache_load_factor else None,
                 ranks=list(range(world.size)) if parallel else list(chosen.ranks),
                 sharding_spec=None if parallel else EnumerableShardingSpec(blocks),
                 # An id outside its table is silently read as another row unless the check is fatal.
@@ -246,3 +265,14 @@ def _codecs(config: DistConfig, device: torch.device) -> dict[str, Any] | None:
 def _bytes(rows: int, dim: int) -> int:
     """float32 weights and one float32 moment a row."""
     return 4 * rows * (dim + 1)
+
+
+def _held(block: Extent, load_factor: float) -> tuple[int, int]:
+    """Bytes of a block in the memory of the device that trains it, and of its host where the device has a cache.
+
+    The moments stay on the device. A cache is managed by 4 bytes per row of the table and 16 per row that it holds.
+    """
+    if not load_factor:
+        return _bytes(block.rows, block.columns), 0
+    cached = int(block.rows * load_factor)
+    return cached * (4 * block.columns + 16) + block.rows * (4 + 4), 4 * block.rows * block.columns

@@ -18,11 +18,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBat
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
-from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from c2al.compiled import compiled
+from c2al.distributed.tables import fused_kernels
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -89,12 +88,9 @@ def update_on_host(dmp: DistributedModelParallel) -> None:
     Kernels with a table that several features read keep fbgemm's update: there the gradients of a row must
     meet before its update, over all features that read it.
     """
-    for sharded in dmp.module.modules():
-        if isinstance(sharded, ShardedEmbeddingBagCollection):
-            for lookup in sharded._lookups:  # not registered as submodules, so modules() does not reach them
-                for kernel in lookup.modules():
-                    if isinstance(kernel, BatchedFusedEmbeddingBag) and not _shares_a_table(kernel.emb_module):
-                        kernel.emb_module.forward = HostTables(kernel.emb_module)
+    for kernel in fused_kernels(dmp):
+        if not _shares_a_table(kernel):
+            kernel.forward = HostTables(kernel)
 
 
 def _shares_a_table(kernel: SplitTableBatchedEmbeddingBagsCodegen) -> bool:

@@ -3,11 +3,13 @@
 R rows of a table, D columns (embedding dimension).
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 from torchrec.distributed.batched_embedding_kernel import BatchedDenseEmbeddingBag, BatchedFusedEmbeddingBag
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
@@ -15,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from c2al.distributed.placement import DATA_PARALLEL, Placement
+from c2al.distributed.placement import DATA_PARALLEL, Placement, placement_of
 from c2al.errors import PlanError
 
 INIT_ROWS = 8192
@@ -57,17 +59,21 @@ class Table:
 
 
 def local_tables(dmp: DistributedModelParallel) -> list[Table]:
-    """Every table of the model, in the same order on every rank, with the blocks this rank holds."""
+    """Every table of the model, in the same order on every rank, with the blocks this rank holds.
+
+    Rows that a GPU caches of a table in host memory are written back first; what is cached later is not in the
+    blocks. Who writes into blocks calls `drop_caches` afterwards.
+    """
+    _write_back(dmp)
     plan = plan_of(dmp)
     tables = []
     for path, sharded in dmp.module.named_modules():
         if not isinstance(sharded, ShardedEmbeddingBagCollection):
             continue
         blocks: dict[str, list[Block]] = {}
-        for lookup in sharded._lookups:  # not registered as submodules, so modules() does not reach them
-            for kernel in lookup.modules():
-                for name, block in _kernel_blocks(kernel):
-                    blocks.setdefault(name, []).append(block)
+        for kernel in _kernels(sharded):
+            for name, block in _kernel_blocks(kernel):
+                blocks.setdefault(name, []).append(block)
         for config in sharded._embedding_bag_configs:
             tables.append(
                 Table(
@@ -81,6 +87,57 @@ def local_tables(dmp: DistributedModelParallel) -> list[Table]:
                 )
             )
     return tables
+
+
+def fused_kernels(dmp: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The kernels of fbgemm that train this rank's blocks."""
+    for sharded in dmp.module.modules():
+        if isinstance(sharded, ShardedEmbeddingBagCollection):
+            for kernel in _kernels(sharded):
+                if isinstance(kernel, BatchedFusedEmbeddingBag):
+                    yield kernel.emb_module
+
+
+def drop_caches(dmp: DistributedModelParallel) -> None:
+    """Empties the caches of tables in host memory, after weights were written there. No batch may be under way."""
+    for kernel in _cached(dmp):
+        kernel.reset_cache_states()
+        if kernel.prefetch_pipeline:
+            kernel.lxu_cache_locking_counter.zero_()
+
+
+@contextlib.contextmanager
+def without_locks(dmp: DistributedModelParallel) -> Iterator[None]:
+    """For forward passes that no backward pass follows, between the batches of a prefetch pipeline.
+
+    A row that is cached for a batch is locked until its update. Without one it would never leave the cache again.
+    """
+    kernels = list(_cached(dmp))
+    locked = [kernel.lock_cache_line for kernel in kernels]
+    for kernel in kernels:
+        kernel.lock_cache_line = False
+    try:
+        yield
+    finally:
+        for kernel, lock in zip(kernels, locked, strict=True):
+            kernel.lock_cache_line = lock
+
+
+def _write_back(dmp: DistributedModelParallel) -> None:
+    kernels = list(_cached(dmp))
+    if kernels:
+        torch.cuda.synchronize()  # A prefetch of the next batch would move rows under the copy.
+    for kernel in kernels:
+        kernel.flush()
+
+
+def _cached(dmp: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    return (kernel for kernel in fused_kernels(dmp) if kernel.lxu_cache_weights.numel())
+
+
+def _kernels(sharded: ShardedEmbeddingBagCollection) -> Iterator[nn.Module]:
+    for lookup in sharded._lookups:  # not registered as submodules, so modules() does not reach them
+        yield from lookup.modules()
 
 
 def _kernel_blocks(kernel: nn.Module) -> Iterator[tuple[str, Block]]:
@@ -103,13 +160,7 @@ def _kernel_blocks(kernel: nn.Module) -> Iterator[tuple[str, Block]]:
 
 def plan_of(dmp: DistributedModelParallel) -> dict[str, Placement]:
     """The plan a sharded model follows."""
-    return {
-        table: Placement(
-            sharding.sharding_type, () if sharding.sharding_type == DATA_PARALLEL else tuple(sharding.ranks or ())
-        )
-        for module in dmp.plan.plan.values()
-        for table, sharding in module.items()
-    }
+    return {table: placement_of(s) for module in dmp.plan.plan.values() for table, s in module.items()}
 
 
 @torch.no_grad()
@@ -143,6 +194,7 @@ def initialise(
                 block.weight_RD[first - block.row : last - block.row].copy_(
                     values_RD[first - start : last - start, block.column : block.column + width]
                 )
+    drop_caches(dmp)
 
 
 def collections_of(model: nn.Module) -> list[tuple[str, EmbeddingBagCollection]]:

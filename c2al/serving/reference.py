@@ -29,7 +29,7 @@ class TrainingModel:
     def __init__(self, run: Run, checkpoint: Path, world: World):
         self.run = run
         task = TrainTask(run.config, world.size, run.names)
-        self._task = shard_model(task, run.config, world, plan_again=True).eval()
+        self._task = shard_model(task, run.config, world, for_training=False).eval()
         CheckpointReader(run.checkpoints, world).load(checkpoint, self._task)
 
     def predict(self, batch: Batch) -> npt.NDArray[np.float32]:

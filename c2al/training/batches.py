@@ -25,6 +25,7 @@ def training_reader(run: Run, world: World, epoch: int = 0, start_step: int = 0)
         shards=data.shards,
         start_step=start_step,
         cohorts=run.cohorts,
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -50,5 +51,6 @@ def validation_batches(run: Run, world: World) -> Iterator[Batch]:
         shuffle=False,
         shards=world.size,
         cohorts=run.cohorts,
+        pin_memory=world.device.type == "cuda",
     )
-    return (batch.to(world.device) for batch in reader)
+    return (batch.to(world.device, non_blocking=True) for batch in reader)

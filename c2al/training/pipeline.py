@@ -1,6 +1,7 @@
 """One training step after another: TorchRec's pipeline, or a plain loop where it has nothing to overlap."""
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import (
     GradientAccumulationConfig,
     GradientAccumulationWrapper,
+    PrefetchTrainPipelineSparseDist,
     TrainPipelineSparseDist,
 )
 
 from c2al.data.batch import Batch
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.process import World
+from c2al.distributed.tables import plan_of, without_locks
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +33,29 @@ class Steps(Protocol):
     def overlapped(self) -> bool | None:
         """Whether the next batch's input distribution runs ahead of this one's compute; None: there is none."""
 
-    def progress(self, batches: Iterator[Batch], is_last: bool) -> Any:
+    def progress(self, batches: Iterator[Batch], ahead: int, is_last: bool) -> Any:
         """Forward and backward of the next batch, and the update where accumulation ends; what the model returns
-        beside the loss. Raises StopIteration without a batch."""
+        beside the loss. Raises StopIteration without a batch.
+
+        `ahead`: batches until `paused`, this one included; no more are taken from `batches` before."""
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The model as it is, to be run by others; batches in flight stay where they are."""
+        """The model as it is, to be run by others, after as many batches as `progress` was told of."""
 
 
 def make_steps(
     model: DistributedModelParallel, optimizer: Optimizer, world: World, clock: "Clock", accumulate: int
 ) -> Steps:
-    """The plain loop for one process on the CPU, where TorchRec's pipeline only costs time; else the pipeline."""
+    """The plain loop for one process on the CPU, where TorchRec's pipeline only costs time; else the pipeline.
+
+    Where a table is in host memory, its rows of the next batch are cached while this one's forward pass runs.
+    """
     if world.alone_on_cpu:
         return PlainSteps(model, optimizer, clock, accumulate)
-    return PipelinedSteps(model, optimizer, world.device, clock, accumulate)
+    cached = any(placement.cache_load_factor for placement in plan_of(model).values())
+    kind = PrefetchPipeline if cached else Pipeline
+    return PipelinedSteps(model, optimizer, kind(model, optimizer, world.device, clock), accumulate)
 
 
 class PlainSteps:
@@ -58,7 +68,7 @@ class PlainSteps:
         self._summed = 0
         """Batches whose gradients wait for an update."""
 
-    def progress(self, batches: Iterator[Batch], is_last: bool) -> Any:
+    def progress(self, batches: Iterator[Batch], ahead: int, is_last: bool) -> Any:
         batch = next(batches)
         if not self._summed:
             self._optimizer.zero_grad()
@@ -79,62 +89,84 @@ class PlainSteps:
 
 
 class PipelinedSteps:
-    """TorchRec's pipeline and its gradient accumulation, which knows when ranks must not exchange gradients."""
+    """TorchRec's pipeline and its gradient accumulation, which knows when ranks must not exchange gradients.
+
+    The pipeline runs empty before a pause: a batch whose rows are cached already would be looked up in the place
+    of the first one that others give the model.
+    """
 
     def __init__(
         self,
         model: DistributedModelParallel,
         optimizer: Optimizer,
-        device: torch.device,
-        clock: "Clock",
+        pipeline: "Pipeline | PrefetchPipeline",
         accumulate: int,
     ) -> None:
-        self._model = model
-        self._pipeline = Pipeline(model, optimizer, device, clock)
+        self._model, self._pipeline = model, pipeline
         self._accumulation = GradientAccumulationWrapper(
-            self._pipeline,
-            self._pipeline.optimizer,  # the timed one: the wrapper calls what it is given, not the pipeline's
+            pipeline,
+            pipeline.optimizer,  # the timed one: the wrapper calls what it is given, not the pipeline's
             model,
             GradientAccumulationConfig(num_steps=accumulate),
         )
+        self._batches: Iterator[Batch] = iter(())
+        self._left = 0
+        """Batches until the pipeline is empty."""
 
     @property
     def overlapped(self) -> bool | None:
         return self._pipeline.overlapped
 
-    def progress(self, batches: Iterator[Batch], is_last: bool) -> Any:
-        return self._accumulation.progress(batches, is_last_batch=is_last)
+    def progress(self, batches: Iterator[Batch], ahead: int, is_last: bool) -> Any:
+        if not self._left:
+            self._batches, self._left = itertools.islice(batches, ahead), ahead
+        output = self._accumulation.progress(self._batches, is_last_batch=is_last)
+        self._left -= 1
+        return output
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
+        assert not self._left, f"{self._left} batches are under way"
         self._pipeline.detach()
-        yield
+        with without_locks(self._model):
+            yield
         self._pipeline.attach(self._model)
 
 
-class Pipeline(TrainPipelineSparseDist):  # type: ignore[misc]  # torchrec is untyped
-    """TorchRec's overlapped pipeline with its stages on our clock."""
+class _Timed:
+    """A pipeline of TorchRec with its stages on our clock."""
+
+    _model: torch.nn.Module
+    _pipelined_modules: list[Any]
 
     def __init__(self, model: torch.nn.Module, optimizer: Optimizer, device: torch.device, clock: "Clock"):
-        self._clock, self._said = clock, False
+        self._clock = clock
         self.optimizer = TimedOptimizer(optimizer, clock)
-        super().__init__(model, self.optimizer, device, custom_model_fwd=self._forward)
-
-    @property
-    def overlapped(self) -> bool:
-        """Whether the next batch's input distribution runs ahead of this one's compute."""
-        return bool(self._pipelined_modules)
+        self.overlapped: bool | None = None
+        """Whether the next batch's input distribution runs ahead of this one's compute; None before the first."""
+        super().__init__(model, self.optimizer, device, custom_model_fwd=self._forward)  # type: ignore[call-arg]
 
     def _forward(self, batch: Batch | None) -> Any:
-        if not self._said and not self.overlapped:
-            logger.warning("input distribution does not overlap compute: no sharded table can run ahead in this model")
-        self._said = True
+        if self.overlapped is None:
+            self.overlapped = bool(self._pipelined_modules)
+            if not self.overlapped:
+                logger.warning(
+                    "input distribution does not overlap compute: no sharded table can run ahead in this model"
+                )
         with self._clock.section("forward"):
             return self._model(batch)
+
+
+class Pipeline(_Timed, TrainPipelineSparseDist):  # type: ignore[misc]  # torchrec is untyped
+    """Copies to the device and distributes the inputs of the batches to come."""
 
     def _backward(self, losses: Tensor) -> None:
         with self._clock.section("backward"):
             super()._backward(losses)
+
+
+class PrefetchPipeline(_Timed, PrefetchTrainPipelineSparseDist):  # type: ignore[misc]
+    """Also caches the next batch's rows of tables in host memory. Its backward pass is in the clock's "other"."""
 
 
 class TimedOptimizer:

@@ -156,6 +156,7 @@ class _Scoring:
                 shuffle=False,
                 shards=world.size,
                 carry=carried_columns(run.config),
+                pin_memory=world.device.type == "cuda",
             )
         )
         # With one shard per rank and no shuffling, the ranks' rows follow one another in file order.
@@ -175,7 +176,7 @@ class _Scoring:
         """Writes this rank's part and returns the number of rows over all ranks."""
         world = self.world
         task = TrainTask(self.run.config, world.size, self.run.names)
-        model = shard_model(task, self.run.config, world, plan_again=True).eval()
+        model = shard_model(task, self.run.config, world, for_training=False).eval()
         checkpoints = CheckpointReader(self.run.checkpoints, world)
         if checkpoint is not None:
             checkpoints.load(checkpoint, model)
@@ -188,7 +189,7 @@ class _Scoring:
         bar = tqdm(total=self.reader.steps, unit="batch", disable=None if world.rank == 0 else True)
         with torch.no_grad(), output_errors(part):
             for batch in self.reader:
-                _, (_, logit_BT, _) = model(batch.to(world.device))
+                _, (_, logit_BT, _) = model(batch.to(world.device, non_blocking=True))
                 table = self._scores(batch, primary_prediction(logit_BT).cpu(), self.first_row + rows)
                 if writer is None:
                     writer = pq.ParquetWriter(part, table.schema, compression="zstd")

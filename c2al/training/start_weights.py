@@ -11,7 +11,7 @@ from c2al.distributed.checkpoint.parts import StoredParts
 from c2al.distributed.checkpoint.state import average_key, model_key
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.process import World
-from c2al.distributed.tables import Block, Table, local_tables
+from c2al.distributed.tables import Block, Table, drop_caches, local_tables
 from c2al.training.model import AUXILIARY_PREFIX
 from c2al.training.run_folder import Run, open_earlier
 from c2al.training.start_from import Ints, inputs_of, row_map, why_fresh
@@ -49,6 +49,7 @@ class _Loading:
         tables = local_tables(self.dmp)
         for table in tables:
             self._table(table)
+        drop_caches(self.dmp)
         self._dense({t.name for t in tables})
         gone = self.earlier.config.data.tables.keys() - self.config.data.tables.keys()
         self.notes += [f"table '{name}' of the earlier run is not used any more" for name in sorted(gone)]

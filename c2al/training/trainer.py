@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from c2al.config import Config
 from c2al.data.batch import Batch
 from c2al.distributed.checkpoint import CheckpointReader, CheckpointWriter
 from c2al.distributed.optim import make_optimizer
-from c2al.distributed.process import World
+from c2al.distributed.process import World, peak_memory_mib
 from c2al.distributed.sharding import plan_table, save_plan, shard_model
 from c2al.errors import CheckpointError, NotFiniteError
 from c2al.training.batches import training_batches, training_reader, validation_batches
@@ -195,6 +194,12 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.step == self.total or (every > 0 and self.step % every == 0)
 
+    def _until_pause(self) -> int:
+        """Steps until the model is evaluated, the coming one included."""
+        train = self.config.train
+        every = [n for n in (train.eval_every, train.y_every) if n]
+        return min([self.total - self.step, *(n - self.step % n for n in every)])
+
     def _batches(self) -> Iterator[Batch]:
         """The batches of the steps that are left, with the waiting for them on the clock."""
         batches = training_batches(self.run, self.world, self.steps_per_epoch, self.step, self.total)
@@ -212,7 +217,7 @@ class Trainer:
         self.objective.at_step(step - 1, self.total)
         self.dynamics.before(step, logged=step == self.total or step % self.config.train.log_every == 0)
         # The last step of all is an optimizer step whatever is accumulated.
-        task_T, logit_BT, batch = self.steps.progress(batches, step == self.total)
+        task_T, logit_BT, batch = self.steps.progress(batches, self._until_pause(), step == self.total)
         self.step_loss_T = task_T
         self.loss_T += task_T
         self._update(self.metrics, logit_BT, batch)
@@ -269,7 +274,7 @@ class Trainer:
             "samples_per_second": speed,
             "seconds": seconds,
             "input_dist_overlapped": self.steps.overlapped,
-            "peak_memory_mib": _peak_memory_mib(self.world.device),
+            "peak_memory_mib": peak_memory_mib(self.world.device),
             "learning_rate": dict(zip(("sparse", "dense"), self.optimizer.learning_rates, strict=True)),
             "lambda": dict(zip(self.run.auxiliary, self.objective.lambda_C, strict=True)),
             **self.objective.shown(),
@@ -390,10 +395,3 @@ def _table(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:
 
 def _shown(ne: float | None) -> str:
     return "undefined" if ne is None else f"{ne:.4f}"
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    """Of the process, or of the device where there is one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

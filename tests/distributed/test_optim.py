@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import toy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from c2al.config import OptimizerConfig
@@ -14,6 +13,7 @@ from c2al.distributed.process import process_group
 from c2al.distributed.sharding import shard_model
 from c2al.distributed.tables import local_tables
 from c2al.errors import PlanError
+from waits import Waits
 
 LR, EPS = 0.1, 1e-8
 
@@ -196,23 +196,6 @@ def test_gradients_add_up_until_the_step():
         for both, one, other in zip(gradients([0, 1]), gradients([0]), gradients([1]), strict=True):
             torch.testing.assert_close(both, one + other)
             assert both.abs().sum() > 0
-
-
-class Waits(TorchDispatchMode):
-    """Records the operations for which a host waits for its device: those whose result is a size or a number."""
-
-    def __init__(self, on_host: list[torch.Tensor]):
-        super().__init__()
-        self._on_host = {t.data_ptr() for t in on_host}
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masked = name in {"index", "index_put_"} and any(t is not None and t.dtype is torch.bool for t in args[1])
-        number = name in {"_local_scalar_dense", "is_nonzero", "equal"} and args[0].data_ptr() not in self._on_host
-        if masked or number or name in {"nonzero", "masked_select", "unique2", "_unique2"}:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", ["table_wise", "data_parallel"])

@@ -172,12 +172,12 @@ def test_the_arithmetic_of_a_plan_is_its_column_blocks():
     assert plan_arithmetic(plan, local_size=2) == {"a": 1, "b": 1, "c": 3, "d": 2, "e": 1}
 
 
-def planned_again(path: str, plan_again: bool) -> tuple[str, dict, str]:
+def planned(path: str, for_training: bool) -> tuple[str, dict, str]:
     """Message of the refusal, the plan, and what was said on stderr."""
     config = toy.config(dist__plan=path)
     with process_group(config.dist) as world, contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            dmp = shard_model(toy.Toy(), config, world, plan_again=plan_again)
+            dmp = shard_model(toy.Toy(), config, world, for_training=for_training)
             return "", plan_of(dmp), said.getvalue()
         except PlanError as e:
             return str(e), {}, ""
@@ -186,14 +186,14 @@ def planned_again(path: str, plan_again: bool) -> tuple[str, dict, str]:
 def test_a_plan_for_other_ranks_is_planned_again_for_readers_and_said(tmp_path):
     """A run planned for two ranks can be scored on one."""
     path = plan_file(tmp_path / "plan.json", user=("row_wise", [0, 1]))
-    refused, none, _ = planned_again(path, False)
+    refused, none, _ = planned(path, True)
     assert none == {}
     assert f"{path}: table 'user': ranks [0, 1] are not all in [0, 1)" in refused
-    _, plan, said = planned_again(path, True)
+    _, plan, said = planned(path, False)
     assert {p.ranks for p in plan.values()} == {(0,)}
     assert said.startswith(f"dist.plan does not fit 1 ranks, planning again: {path}: table 'user'")
     # A plan that fits is followed without a word.
-    first, second = run_ranks(planned_again, 2, path, True)
+    first, second = run_ranks(planned, 2, path, False)
     assert first[1]["user"] == second[1]["user"] == Placement("row_wise", (0, 1))
     assert first[2] == second[2] == ""
 

@@ -17,7 +17,7 @@ from c2al.distributed.process import process_group
 from c2al.training import compilation
 from c2al.training.batches import training_reader
 from c2al.training.model import OverArch
-from c2al.training.pipeline import PipelinedSteps, PlainSteps
+from c2al.training.pipeline import Pipeline, PipelinedSteps, PlainSteps
 from c2al.training.run_folder import start_run
 from c2al.training.trainer import Trainer
 from impressions import splits
@@ -207,7 +207,7 @@ def test_the_plain_loop_trains_as_the_pipeline_does(config, world, tmp_path, acc
         steps = (
             PlainSteps(*arguments, trainer.clock, accumulate)
             if kind == "plain"
-            else PipelinedSteps(*arguments, world.device, trainer.clock, accumulate)
+            else PipelinedSteps(*arguments, Pipeline(*arguments, world.device, trainer.clock), accumulate)
         )
         trainer.steps = steps
         batches = iter(list(itertools.islice(training_reader(run, world), 8)))

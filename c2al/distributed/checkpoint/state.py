@@ -12,7 +12,7 @@ from c2al.distributed.checkpoint.blocks import Piece
 from c2al.distributed.optim import Optimizer
 from c2al.distributed.placement import plan_arithmetic
 from c2al.distributed.process import World
-from c2al.distributed.tables import Table, local_tables, plan_of
+from c2al.distributed.tables import Table, drop_caches, local_tables, plan_of
 from c2al.errors import CheckpointError
 
 _PART = 2**24
@@ -192,6 +192,7 @@ def wanted_state(
             state[f"adam/{name}"] = [Piece.whole(value)]
         for name, value in optimizer.averages.items():
             state[average_key(name)] = [Piece.whole(value)]
+    finish.append(lambda: drop_caches(dmp))
     return state, finish
 
 
