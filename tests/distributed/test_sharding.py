@@ -6,21 +6,30 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toy
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
+    OptimType,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from c2al.config import replace
 from c2al.distributed.optim import make_optimizer
-from c2al.distributed.placement import Cluster, Placement, plan_arithmetic
+from c2al.distributed.placement import Cluster, Placement, plan_arithmetic, read_plan, write_plan
 from c2al.distributed.planner import choose_plan
 from c2al.distributed.process import process_group
-from c2al.distributed.sharding import plan_table, save_plan, shard_model
-from c2al.distributed.tables import local_tables, plan_of
+from c2al.distributed.sharding import plan_table, planned, save_plan, shard_model
+from c2al.distributed.tables import drop_caches, local_tables, plan_of, without_locks
 from c2al.errors import PlanError
 from c2al.training.model import C2ALModel
 from ranks import run_ranks
@@ -83,6 +92,103 @@ def test_ranks_on_cpus_do_not_exchange_sums_as_if_over_nvlink():
 
     assert shardings() == {"table_wise"}
     assert shardings(dist__within_host_gib_s=600.0) == {"row_wise"}
+
+
+def kernels_of(config, hbm_gib: float, kernels: list[str], size: int = 2) -> dict[str, Placement]:
+    wanted = {"dist.hbm_gib": hbm_gib, "dist.kernels": kernels}
+    return choose_plan(C2ALModel(config), replace(config, **wanted), Cluster(size, size, torch.device("cuda")))
+
+
+def test_host_memory_takes_the_tables_that_a_device_has_no_room_for():
+    """Six tables of 25 MiB on two GPUs: in 0.2 GiB all, in 0.05 GiB (85% of it) one, in 0.01 GiB no cache either."""
+    sparse = [{"column": f"s{i}", "num_embeddings": 100_000 + i} for i in range(6)]
+    config = toy.config(data__sparse=sparse, model__embedding_dim=64, dist__sharding=["table_wise"])
+    both = ["fused", "fused_uvm_caching"]
+    assert {p.kernel for p in kernels_of(config, 0.2, both).values()} == {"fused"}
+    planned = [p.kernel for p in kernels_of(config, 0.05, both).values()]
+    assert 1 <= planned.count("fused") <= 2
+    assert planned.count("fused") + planned.count("fused_uvm_caching") == 6
+    with pytest.raises(
+        PlanError, match=r"dist.hbm_gib = 0.05, sharding types \['table_wise'\] and kernels \['fused'\]"
+    ):
+        kernels_of(config, 0.05, ["fused"])
+    with pytest.raises(PlanError, match=r"kernels \['fused', 'fused_uvm_caching'\]"):
+        kernels_of(config, 0.01, both)
+    # A table's own settings come first; on CPUs there is no choice.
+    own = [{"name": "s0", "kernels": ["fused_uvm_caching"], "cache_load_factor": 0.5}]
+    config = replace(config, **{"dist.tables": own})
+    planned = kernels_of(config, 80.0, ["fused"])
+    assert {name: p.cache_load_factor for name, p in planned.items() if p.kernel != "fused"} == {"s0": 0.5}
+    on_cpu = choose_plan(C2ALModel(config), config, Cluster(2, 2, torch.device("cpu")))
+    assert {p.kernel for p in on_cpu.values()} == {"fused"}
+
+
+def test_a_plan_with_a_cache_is_read_back_and_shown(tmp_path):
+    """Cached rows with 16 bytes each for the cache, a moment and 4 bytes per row of the table; weights on the host."""
+    sparse = [{"column": "s0", "num_embeddings": 1000}]
+    own = [{"name": "s0", "kernels": ["fused_uvm_caching"], "cache_load_factor": 0.25}]
+    config = toy.config(data__sparse=sparse, model__embedding_dim=16, dist__tables=own, dist__hbm_gib=1.0)
+    plan, text = planned(C2ALModel(config), config, Cluster(1, 1, torch.device("cuda")))
+    write_plan(plan, tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json") == plan == {"s0": Placement("table_wise", (0,), 0.25)}
+    row = text.splitlines()[1].split()
+    assert row == ["s0", "1000", "x", "16", "table_wise", "fused_uvm_caching", "0", "68,000"]
+    assert f"rank 0: {250 * (16 * 4 + 16) + 1000 * (4 + 4):,} bytes of device memory" in text
+    assert "rank 0: 64,000 bytes of host memory" in text
+
+
+@pytest.mark.parametrize(
+    ("sharding", "ranks", "factor", "problem"),
+    [
+        ("table_wise", [0], 0.2, "cache_load_factor is of tables that GPUs train"),
+        ("data_parallel", [], 0.2, "data_parallel has no cache_load_factor"),
+        ("table_wise", [0], 1.0, "cache_load_factor must be in [0, 1), is 1.0"),
+    ],
+)
+def test_a_cache_that_cannot_be_is_refused(tmp_path, sharding, ranks, factor, problem):
+    tables = {n: {"sharding": "table_wise", "ranks": [0]} for n in toy.ROWS}
+    tables["item"] = {"sharding": sharding, "ranks": ranks, "cache_load_factor": factor}
+    (tmp_path / "plan.json").write_text(json.dumps({"format": "plan", "version": 1, "tables": tables}))
+    with pytest.raises(PlanError) as e:
+        shard(dist__plan=str(tmp_path / "plan.json"))
+    assert str(e.value) == f"{tmp_path}/plan.json: table 'item': {problem}"
+
+
+def test_what_a_device_caches_is_written_back_and_unlocked(monkeypatch):
+    """A dry run with fbgemm's own kernel on a device without memory: which of its parts we rely on."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronize"))
+    specs = [(1000, 16, EmbeddingLocation.MANAGED_CACHING, ComputeDevice.CUDA)]
+    kernel = SplitTableBatchedEmbeddingBagsCodegen(
+        specs,
+        optimizer=OptimType.EXACT_ROWWISE_ADAGRAD,
+        device=torch.device("meta"),
+        cache_load_factor=0.25,
+        prefetch_pipeline=True,
+    )
+    assert len(kernel.momentum1_dev) == 1000, "moments stay on the device"
+    assert kernel.weights_uvm.numel() >= 16_000
+    assert kernel.lxu_cache_weights.numel() == 256 * 16  # 250 rows in whole sets of 32
+    for name in ("flush", "reset_cache_states"):
+        monkeypatch.setattr(kernel, name, lambda name=name: done.append(name))
+    dmp = shard()
+    plain = local_tables(dmp)
+    assert done == [], "nothing is cached"
+    module = next(m for k in dmp.modules() for lk in getattr(k, "_lookups", ()) for m in lk.modules()
+                  if isinstance(m, BatchedFusedEmbeddingBag))  # fmt: skip
+    monkeypatch.setattr(module, "_emb_module", kernel)
+    module.config.embedding_tables[1:] = []
+    local_tables(dmp)
+    assert done == ["synchronize", "flush"]
+    drop_caches(dmp)
+    assert done[2:] == ["reset_cache_states"]
+    assert kernel.lock_cache_line
+    with without_locks(dmp):
+        assert not kernel.lock_cache_line
+    assert kernel.lock_cache_line
+    assert len(plain) == 3
 
 
 def test_what_cannot_be_is_refused_alike_on_every_rank(tmp_path):
@@ -172,7 +278,7 @@ def test_the_arithmetic_of_a_plan_is_its_column_blocks():
     assert plan_arithmetic(plan, local_size=2) == {"a": 1, "b": 1, "c": 3, "d": 2, "e": 1}
 
 
-def planned(path: str, for_training: bool) -> tuple[str, dict, str]:
+def planned_from(path: str, for_training: bool) -> tuple[str, dict, str]:
     """Message of the refusal, the plan, and what was said on stderr."""
     config = toy.config(dist__plan=path)
     with process_group(config.dist) as world, contextlib.redirect_stderr(io.StringIO()) as said:
@@ -186,14 +292,14 @@ def planned(path: str, for_training: bool) -> tuple[str, dict, str]:
 def test_a_plan_for_other_ranks_is_planned_again_for_readers_and_said(tmp_path):
     """A run planned for two ranks can be scored on one."""
     path = plan_file(tmp_path / "plan.json", user=("row_wise", [0, 1]))
-    refused, none, _ = planned(path, True)
+    refused, none, _ = planned_from(path, True)
     assert none == {}
     assert f"{path}: table 'user': ranks [0, 1] are not all in [0, 1)" in refused
-    _, plan, said = planned(path, False)
+    _, plan, said = planned_from(path, False)
     assert {p.ranks for p in plan.values()} == {(0,)}
     assert said.startswith(f"dist.plan does not fit 1 ranks, planning again: {path}: table 'user'")
     # A plan that fits is followed without a word.
-    first, second = run_ranks(planned, 2, path, False)
+    first, second = run_ranks(planned_from, 2, path, False)
     assert first[1]["user"] == second[1]["user"] == Placement("row_wise", (0, 1))
     assert first[2] == second[2] == ""
 
