@@ -29,7 +29,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.optim import RowWiseAdagrad
 
-from c2al.config import Config, DistConfig
+from c2al.config import Config, DistConfig, OptimizerConfig
 from c2al.distributed.exchange import bytes_sent
 from c2al.distributed.placement import (
     DATA_PARALLEL,
@@ -88,18 +88,7 @@ def shard_model(
         return plan
 
     plan = world.once(choose)
-    optimizer = config.train.optimizer
-    for _, ebc in collections_of(model):
-        _apply_optimizer_in_backward(
-            RowWiseAdagrad,
-            ebc.parameters(),
-            {
-                "lr": optimizer.sparse_lr,
-                "eps": optimizer.sparse_eps,
-                "weight_decay": optimizer.sparse_weight_decay,
-                "weight_decay_mode": WeightDecayMode.L2,
-            },
-        )
+    _update_in_backward(model, config.train.optimizer)
     dmp = DistributedModelParallel(
         model,
         device=world.device,
@@ -114,6 +103,21 @@ def shard_model(
     if world.device.type == "cpu":
         update_on_host(dmp)
     return dmp
+
+
+def _update_in_backward(model: nn.Module, optimizer: OptimizerConfig) -> None:
+    """Has the backward pass of every table update it by row-wise Adagrad."""
+    for _, ebc in collections_of(model):
+        _apply_optimizer_in_backward(
+            RowWiseAdagrad,
+            ebc.parameters(),
+            {
+                "lr": optimizer.sparse_lr,
+                "eps": optimizer.sparse_eps,
+                "weight_decay": optimizer.sparse_weight_decay,
+                "weight_decay_mode": WeightDecayMode.L2,
+            },
+        )
 
 
 def _correct_mean_pooling(dmp: DistributedModelParallel, plan: Plan) -> None:
