@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from c2al.config import replace
 from c2al.distributed.process import process_group
 from c2al.training import compilation
 from c2al.training.batches import training_reader
 from c2al.training.model import OverArch
-from c2al.training.pipeline import Pipeline, PipelinedSteps, PlainSteps
 from c2al.training.run_folder import start_run
 from c2al.training.trainer import Trainer
 from impressions import splits
@@ -193,36 +191,3 @@ def test_without_a_compiler_auto_trains_plainly_and_on_is_refused(config, world,
     assert done.stderr.count("torch.compile failed, training goes on without it") == 1
     _, expected = trained(config, world, tmp_path / "plain", 3, **{"train.compile": "off"})
     assert json.loads(done.stdout.splitlines()[-1]) == expected
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_plain_loop_trains_as_the_pipeline_does(config, world, tmp_path, accumulate):
-    """Bit for bit, the last steps of an accumulation that is cut short included."""
-    weights = []
-    for kind in ("plain", "pipelined"):
-        run = start_run(tmp_path / kind, replace(config, **{"train.max_steps": 8}), None, world)
-        trainer = Trainer(run, world)
-        assert isinstance(trainer.steps, PlainSteps)
-        arguments = (trainer.model, trainer.optimizer)
-        steps = (
-            PlainSteps(*arguments, trainer.clock, accumulate)
-            if kind == "plain"
-            else PipelinedSteps(*arguments, Pipeline(*arguments, world.device, trainer.clock), accumulate)
-        )
-        trainer.steps = steps
-        batches = iter(list(itertools.islice(training_reader(run, world), 8)))
-        for _ in range(8):
-            trainer.advance(batches)
-        weights.append({name: value.clone() for name, value in trainer.model.module.state_dict().items()})
-        assert trainer.optimizer.steps == -(-8 // accumulate)
-    plain, pipelined = weights
-    assert plain.keys() == pipelined.keys()
-    for name, value in plain.items():
-        other = pipelined[name]
-        local = (
-            (value.local_shards()[0].tensor, other.local_shards()[0].tensor)
-            if hasattr(value, "local_shards")
-            else (value, other)
-        )
-        assert torch.equal(*local), name
-    assert issubclass(type(steps._pipeline), TrainPipelineSparseDist)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import PrefetchTrainPipelineSparseDist, train_pipelines
 
 from c2al.config import replace
 from c2al.data.batch import Batch
 from c2al.distributed.process import process_group
 from c2al.distributed.sharding import shard_model
-from c2al.distributed.tables import fused_kernels, plan_of
+from c2al.distributed.tables import fused_kernels, local_tables, plan_of
 from c2al.training.batches import training_reader
 from c2al.training.model import C2ALModel
-from c2al.training.pipeline import Clock, Pipeline, PipelinedSteps, PrefetchPipeline, make_steps
+from c2al.training.pipeline import Clock, Pipeline, PipelinedSteps, PlainSteps, PrefetchPipeline, make_steps
 from c2al.training.run_folder import start_run
 from c2al.training.trainer import Trainer, train
 from impressions import splits
@@ -104,6 +104,40 @@ def test_the_pipeline_takes_no_batch_before_its_pause(config, tmp_path):
         steps.progress(batches, 2, False)
         assert len(taken) == 5
         assert steps.overlapped is not None
+
+
+def prefetched_on_the_host(context, modules, device, streams, dist_stream, forward_stream) -> None:
+    """TorchRec's stage of the same name without its streams: it does nothing where there are none."""
+    for module in modules:
+        name = module.forward._name
+        context.module_input_post_prefetch[name] = context.input_dist_tensors_requests.pop(name).wait()
+        context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_loop_trains_alike(config, tmp_path, monkeypatch, accumulate):
+    """Bit for bit, with evaluations between, the last steps of an accumulation that is cut short included."""
+    monkeypatch.setattr(train_pipelines, "prefetch_embeddings", prefetched_on_the_host)
+    weights = {}
+    given = {"train.max_steps": 8, "train.accumulate": accumulate, "train.eval_every": 5, "train.y_every": 3}
+    for kind in (PlainSteps, Pipeline, PrefetchPipeline):
+        with process_group(config.dist) as world:
+            run = start_run(tmp_path / kind.__name__, replace(config, **given), None, world)
+            trainer = Trainer(run, world)
+            assert isinstance(trainer.steps, PlainSteps)
+            parts = (trainer.model, trainer.optimizer)
+            if kind is not PlainSteps:
+                trainer.steps = PipelinedSteps(*parts, kind(*parts, world.device, trainer.clock), accumulate)
+            batches = iter(list(itertools.islice(training_reader(run, world), 8)))
+            for step in range(1, 9):
+                trainer.advance(batches)
+                if step in (3, 5, 6):
+                    trainer._evaluate()
+            assert trainer.optimizer.steps == -(-8 // accumulate)
+            weights[kind] = [t.clone() for table in local_tables(trainer.model) for t in [table.blocks[0].weight_RD]]
+            weights[kind] += [p.detach().clone() for p in trainer.model.module.parameters()]
+    for kind in (Pipeline, PrefetchPipeline):
+        assert all(map(torch.equal, weights[kind], weights[PlainSteps])), kind
 
 
 class Tables(nn.Module):
