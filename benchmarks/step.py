@@ -1,6 +1,6 @@
 """What does C2AL cost a training step, what do its dynamics cost, and does training wait for data?
 
-    python benchmarks/step.py [--shapes dhen-production demo] [--precision float32] [--blocks 9]
+    python benchmarks/step.py [--shapes dhen-production demo] [--precision float32] [--compile off] [--blocks 9]
 
 Three trainers of one configuration take turns on the same batches in memory, everything a step does included
 (pipeline, update, metrics); ratios are taken block by block, so a machine that slows down slows all:
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["demo", "dhen-production"])
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", choices=("off", "on"), default="off", help="as train.compile")
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="steps of each trainer in a block")
     parser.add_argument("--threads", type=int, default=1)
@@ -57,7 +58,7 @@ def main() -> None:
             # One epoch of what the data wait is measured on: opening the files again is no part of it.
             count = shape.batch * (max(KEPT, arguments.steps * 6) + 1)
             write(shape.config.data, count, Path(folder) / "data")
-            row = {"shape": name, "precision": arguments.precision, "batch": shape.batch}
+            row = {"shape": name, "precision": arguments.precision, "compile": arguments.compile, "batch": shape.batch}
             row |= measure(shape, arguments, Path(folder))
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row | about())
@@ -73,7 +74,7 @@ def measure(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[s
             "data.validation": (),
             "data.test": (),
             "train.precision": arguments.precision,
-            "train.compile": "off",
+            "train.compile": arguments.compile,
             "train.epochs": 10**6,
             "train.eval_every": 0,
             "train.checkpoint.every_steps": 0,

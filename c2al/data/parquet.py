@@ -70,7 +70,7 @@ class BatchReader:
         carry: tuple[str, ...] = (),
         pin_memory: bool = False,
     ):
-        _check_sizes(batch_size, shards, world_size)
+        check_sizes(batch_size, shards, world_size)
         self._data = data
         self._encoder = Encoder(data, statistics, cohorts, carry)
         files = open_dataset(paths)
@@ -119,7 +119,7 @@ class BatchReader:
                 pool.shutdown(cancel_futures=True)
 
 
-def _check_sizes(batch_size: int, shards: int, world_size: int) -> None:
+def check_sizes(batch_size: int, shards: int, world_size: int) -> None:
     """Raises ConfigError unless every rank gets as many shards, and every shard as many rows of a batch."""
     if shards % world_size:
         raise ConfigError(

@@ -8,6 +8,7 @@ from torchrec.distributed.embedding_types import ShardingType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.modules.embedding_configs import PoolingType
@@ -64,8 +65,22 @@ class _Enumerator(EmbeddingEnumerator):  # type: ignore[misc]
         return sorted(options, key=lambda o: (order[o.fqn], o.sharding_type, o.num_shards))
 
 
+class _StorageEstimator(EmbeddingStorageEstimator):  # type: ignore[misc]
+    """Counts what TorchRec leaves out of a cache on a device: moments of rows that are not cached, 4 bytes each, and
+    locks of those that are, 4 bytes each."""
+
+    def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        super().estimate(sharding_options, *args, **kwargs)
+        for option in sharding_options:
+            if option.compute_kernel == CACHED:
+                for shard in option.shards:
+                    shard.storage.hbm += 4 * shard.size[0]
+
+
 def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
     """Lets TorchRec's planner place every table within the constraints of the config.
+
+    The tables must know their optimizer, or its moments are not counted.
 
     Raises PlanError when nothing fits, or when no GPU is here whose memory `dist.hbm_gib = 0` stands for.
     """
@@ -100,7 +115,15 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
         topology=topology,
         batch_size=batch_size,
         constraints=constraints,
-        enumerator=_Enumerator(topology=topology, batch_size=batch_size, constraints=constraints),
+        enumerator=_Enumerator(
+            topology=topology,
+            batch_size=batch_size,
+            constraints=constraints,
+            estimator=[
+                EmbeddingPerfEstimator(topology=topology, constraints=constraints),
+                _StorageEstimator(topology=topology, constraints=constraints),
+            ],
+        ),
         # Share of device memory left to the dense part and the activations.
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
         debug=False,

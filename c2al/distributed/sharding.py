@@ -87,8 +87,8 @@ def shard_model(
         _validate(plan, "the planner", tables, config, world)
         return plan
 
-    plan = world.once(choose)
     _update_in_backward(model, config.train.optimizer)
+    plan = world.once(choose)
     dmp = DistributedModelParallel(
         model,
         device=world.device,
@@ -158,6 +158,7 @@ def planned(model: nn.Module, config: Config, ranks: Ranks) -> tuple[Plan, str]:
     """
     hush_the_stack()
     tables = tables_of(model)
+    _update_in_backward(model, config.train.optimizer)
     plan = choose_plan(model, config, ranks)
     _validate(plan, "the planner", tables, config, ranks)
     sizes = {name: (t.num_embeddings, t.embedding_dim) for name, t in tables.items()}
@@ -274,9 +275,9 @@ def _bytes(rows: int, dim: int) -> int:
 def _held(block: Extent, load_factor: float) -> tuple[int, int]:
     """Bytes of a block in the memory of the device that trains it, and of its host where the device has a cache.
 
-    The moments stay on the device. A cache is managed by 4 bytes per row of the table and 16 per row that it holds.
+    The moments stay on the device. A cache is managed by 4 bytes per row of the table and 20 per row that it holds.
     """
     if not load_factor:
         return _bytes(block.rows, block.columns), 0
     cached = int(block.rows * load_factor)
-    return cached * (4 * block.columns + 16) + block.rows * (4 + 4), 4 * block.rows * block.columns
+    return cached * (4 * block.columns + 20) + block.rows * (4 + 4), 4 * block.rows * block.columns

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from c2al.config import Config
+from c2al.data.parquet import check_sizes
 from c2al.distributed.placement import Cluster
 from c2al.distributed.sharding import planned
 from c2al.errors import ConfigError
@@ -121,7 +122,8 @@ def describe(config: Config, cohorts: int) -> Description:
 def plan_for(config: Config, ranks: str) -> str:
     """The planner's plan of the tables for `ranks`, e.g. "8x8": hosts and ranks per host, none of which need be here.
 
-    `dist.device = "auto"` stands for what is here. Raises ConfigError for other text, PlanError when nothing fits.
+    `dist.device = "auto"` stands for what is here. Raises ConfigError for other text and for ranks that training
+    would refuse, PlanError when nothing fits.
     """
     hosts, by, per_host = ranks.partition("x")
     if not (by and hosts.isdecimal() and per_host.isdecimal() and int(hosts) and int(per_host)):
@@ -131,6 +133,7 @@ def plan_for(config: Config, ranks: str) -> str:
     size = int(hosts) * int(per_host)
     if size % local_size:
         raise ConfigError(f"dist.local_world_size: {size} ranks are not a multiple of {local_size} ranks per host")
+    check_sizes(config.train.batch_size, config.data.shards, size)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = C2ALModel(config)
     return planned(model, config, Cluster(size, local_size, torch.device("cuda" if cuda else "cpu")))[1]

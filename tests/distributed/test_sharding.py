@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ from c2al.errors import PlanError
 from c2al.training.model import C2ALModel
 from ranks import run_ranks
 
+CLUSTER = Cluster(2, 2, torch.device("cuda"))
 MODEL_PARALLEL = ["table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise"]
 
 
@@ -124,7 +126,7 @@ def test_host_memory_takes_the_tables_that_a_device_has_no_room_for():
 
 
 def test_a_plan_with_a_cache_is_read_back_and_shown(tmp_path):
-    """Cached rows with 16 bytes each for the cache, a moment and 4 bytes per row of the table; weights on the host."""
+    """Cached rows with 20 bytes each for the cache, a moment and 4 bytes per row of the table; weights on the host."""
     sparse = [{"column": "s0", "num_embeddings": 1000}]
     own = [{"name": "s0", "kernels": ["fused_uvm_caching"], "cache_load_factor": 0.25}]
     config = toy.config(data__sparse=sparse, model__embedding_dim=16, dist__tables=own, dist__hbm_gib=1.0)
@@ -133,8 +135,32 @@ def test_a_plan_with_a_cache_is_read_back_and_shown(tmp_path):
     assert read_plan(tmp_path / "plan.json") == plan == {"s0": Placement("table_wise", (0,), 0.25)}
     row = text.splitlines()[1].split()
     assert row == ["s0", "1000", "x", "16", "table_wise", "fused_uvm_caching", "0", "68,000"]
-    assert f"rank 0: {250 * (16 * 4 + 16) + 1000 * (4 + 4):,} bytes of device memory" in text
+    assert f"rank 0: {250 * (16 * 4 + 20) + 1000 * (4 + 4):,} bytes of device memory" in text
     assert "rank 0: 64,000 bytes of host memory" in text
+
+
+@pytest.mark.parametrize("dim", [4, 64])
+@pytest.mark.parametrize("kernels", [["fused"], ["fused", "fused_uvm_caching"]])
+def test_a_plan_fits_the_device_it_was_made_for(dim, kernels):
+    """Moments are counted, which are a fifth of a table of 4 columns; and all that a cache takes."""
+    sparse = [{"column": f"s{i}", "num_embeddings": 100_000 * (i + 1)} for i in range(6)]
+    given = {"data__sparse": sparse, "model__embedding_dim": dim, "dist__cache_load_factor": 0.01}
+    config = toy.config(dist__sharding=["table_wise", "row_wise"], dist__kernels=kernels, **given)
+    config = replace(config, **{"model.attention_heads": 1, "train.batch_size": 8})
+    tables, fitted, refused = 2_100_000 * 4 * (dim + 1), 0, 0
+    for part in (0.01, 0.1, 0.4, 0.9, 1.1, 1.2, 1.25, 1.3, 1.4, 1.6):
+        hbm_gib = part * tables / 2 / 2**30
+        try:
+            _, text = planned(C2ALModel(config), replace(config, **{"dist.hbm_gib": hbm_gib}), CLUSTER)
+        except PlanError:
+            refused += 1
+            continue
+        held = re.findall(r"^rank \d: ([\d,]+) bytes(?: of device memory)?$", text, re.MULTILINE)
+        assert len(held) == 2
+        assert max(int(h.replace(",", "")) for h in held) <= 0.85 * hbm_gib * 2**30
+        fitted += 1
+    assert refused > 0
+    assert fitted > (4 if len(kernels) == 2 else 1)
 
 
 @pytest.mark.parametrize(

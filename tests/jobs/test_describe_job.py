@@ -225,7 +225,9 @@ def planned_rows(text: str) -> dict[str, list[str]]:
 def test_tables_are_planned_for_gpus_that_are_not_there(hosts, config, tmp_path, capsys):
     """8, 64 and 256 GPUs: each table's bytes are held once, whatever the number of ranks."""
     save_config(config, tmp_path / "config.toml")
-    words = ["--ranks", f"{hosts}x8", "--dist.device", "cuda", "--dist.hbm_gib", "80"]
+    config = replace(config, **{"data.shards": 8 * hosts, "train.batch_size": 16 * hosts})
+    words = ["--ranks", f"{hosts}x8", "--dist.device", "cuda", "--dist.hbm_gib", "80", "--data.shards", str(8 * hosts)]
+    words += ["--train.batch_size", str(16 * hosts)]
     assert main(["describe", "--config", str(tmp_path / "config.toml"), *words]) == 0
     text = capsys.readouterr().out
     rows = planned_rows(text)
@@ -243,6 +245,10 @@ def test_tables_are_planned_for_gpus_that_are_not_there(hosts, config, tmp_path,
         (["--ranks", "8"], "--ranks: expected HOSTSxRANKS, e.g. 8x8, is '8'"),
         (["--ranks", "0x8"], "--ranks: expected HOSTSxRANKS"),
         (["--ranks", "1x8", "--csv"], "--csv: is of the layers"),
+        (
+            ["--ranks", "1x3"],
+            "data.shards: 8 cannot be dealt to 3 ranks",
+        ),
         (["--ranks", "1x3", "--dist.local_world_size", "2"], "3 ranks are not a multiple of 2 ranks per host"),
         (["--ranks", "1x2", "--dist.ddr_gib", "0.000001"], "no sharding plan fits 2 ranks with dist.ddr_gib = 1e-06"),
         pytest.param(
