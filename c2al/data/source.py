@@ -22,9 +22,9 @@ FOOTER_THREADS = 8
 TAIL_BYTES = 1 << 16
 """Read at once from the end of a file, where the footer is: one request in most cases."""
 KEPT_FOOTERS = 8
-"""Parsed footers that are kept. A footer lists all row groups, so that parsing it for each of them would make the time
+"""Parsed footers that are kept. A footer lists all row groups, so that reading it for each of them would make the time
 of a scan grow with their square. All footers of a data set would grow with it. A footer is found again by
-its bytes: a file that was replaced is read by its own."""
+the file's size and its end: a file that was replaced is read by its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,18 +71,27 @@ class File:
         return f"{self.name}, row group {row_group}"
 
 
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """The end of a file, by which its footer is found again."""
+
+    size: int
+    tail: bytes
+    file: pa.NativeFile = dataclasses.field(compare=False)
+
+
 def _footer(file: pa.NativeFile) -> pq.FileMetaData:
     """The file's parsed footer. Raises pyarrow.ArrowInvalid or OSError if there is none."""
     size = file.size()
-    tail = file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if TAIL_BYTES < length <= size:
-        tail = file.read_at(length, size - length)
-    return _parsed(tail[-length:])
+    return _parsed(_End(size, file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0)), file))
 
 
 @functools.lru_cache(maxsize=KEPT_FOOTERS)
-def _parsed(footer: bytes) -> pq.FileMetaData:
+def _parsed(end: _End) -> pq.FileMetaData:
+    length = int.from_bytes(end.tail[-8:-4], "little") + 8
+    footer = end.tail[-length:]
+    if TAIL_BYTES < length <= end.size:
+        footer = end.file.read_at(length, end.size - length)
     return pq.read_metadata(pa.BufferReader(footer))
 
 

@@ -37,6 +37,8 @@ _FREE = (
     *(f"data.{k}" for k in ("workers", "prefetch", "shards", "shuffle_rows")),
 )
 """What may differ from the run's config: nothing that makes another model of it."""
+ROW_GROUP_ROWS = 2**16
+"""Of scores. With a row group per batch, listing them all would take readers longer than reading them."""
 _OWN = ("label", "weight", "prediction")
 """Columns that every folder of scores has."""
 
@@ -137,6 +139,33 @@ def carried_columns(config: Config) -> tuple[str, ...]:
     return carried
 
 
+class _Part:
+    """One rank's Parquet file, in row groups of at least ROW_GROUP_ROWS rows but for the last; none without rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: list[pa.Table] = []
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        if sum(t.num_rows for t in self._waiting) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _flush(self) -> None:
+        table = pa.concat_tables(self._waiting)
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
+        self._writer.write_table(table, row_group_size=max(table.num_rows, 1))
+        self._waiting = []
+
+
 class _Scoring:
     """One scoring job on this rank."""
 
@@ -184,21 +213,17 @@ class _Scoring:
             best = self.run.result_is_best
             checkpoints.with_newest(lambda path: checkpoints.load(_said(path, world, best), model), best=best)
 
-        rows, writer = 0, None
-        part = folder / f"part-{world.rank:05d}.parquet"
+        rows, part = 0, _Part(folder / f"part-{world.rank:05d}.parquet")
         bar = tqdm(total=self.reader.steps, unit="batch", disable=None if world.rank == 0 else True)
-        with torch.no_grad(), output_errors(part):
+        with torch.no_grad(), output_errors(part.path):
             for batch in self.reader:
                 _, (_, logit_BT, _) = model(batch.to(world.device, non_blocking=True))
                 table = self._scores(batch, primary_prediction(logit_BT).cpu(), self.first_row + rows)
-                if writer is None:
-                    writer = pq.ParquetWriter(part, table.schema, compression="zstd")
-                writer.write_table(table)
+                part.write(table)
                 rows += table.num_rows
                 bar.update()
             bar.close()
-            if writer is not None:
-                writer.close()
+            part.close()
         return int(world.all_sum(torch.tensor(rows, dtype=torch.int64)).item())
 
     def _scores(self, batch: Batch, prediction_B: torch.Tensor, first_row: int) -> pa.Table:

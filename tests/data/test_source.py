@@ -352,3 +352,16 @@ def test_a_footer_longer_than_what_is_read_at_once(tmp_path):
     pq.write_table(pa.table({n: [i] for i, n in enumerate(names)}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size > 2 * source.TAIL_BYTES
     assert open_dataset([str(tmp_path)])[0].read(0, names[-1:]).to_pydict() == {names[-1]: [999]}
+
+
+def test_a_long_footer_is_read_once_for_all_its_row_groups(tmp_path):
+    """Its bytes grow with the row groups, so reading it for each of them is quadratic."""
+    names = [f"column_{i}_{'x' * 100}" for i in range(300)]
+    path = tmp_path / "a.parquet"
+    for first in (0, 100):  # the second replaces the first
+        pq.write_table(pa.table({n: range(first, first + 10) for n in names}), path, row_group_size=1)
+        assert path.stat().st_size > 2 * source.TAIL_BYTES
+        (file,) = open_dataset([str(path)])
+        before = source._parsed.cache_info().misses
+        assert [file.read(g, names[-1:])[0][0].as_py() for g in range(10)] == list(range(first, first + 10))
+        assert source._parsed.cache_info().misses == before + 1
