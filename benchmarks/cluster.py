@@ -142,7 +142,7 @@ def _feeding(config: Config, step_ms: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         write(config.data, 65_536, Path(folder) / "rows")
         bytes_per_row = sum(f.stat().st_size for f in Path(folder).rglob("*.parquet")) / 65_536
-    reader = _last("reader.csv", contender="reader")
+    reader = _last("reader.csv", contender="reader", rows="10000000")
     per_core = float(reader["rows_per_cpu_second"]) * READER_COLUMNS / columns
     job = _last("discovery.csv", contender="job", rows="1000000000")
     per_gpu = config.train.batch_size / (step_ms / 1e3)

@@ -59,6 +59,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no variant is begun after this")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is here")
+    if arguments.device == "cpu":
+        print("left out on a CPU: tf32 and CUDA graphs (graphs, graph)")
     deadline = time.monotonic() + arguments.seconds
     torch._dynamo.config.recompile_limit = 256  # every variant compiles the same function
     rows: list[dict[str, Any]] = []

@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=lambda text: int(float(text)), nargs="+", default=[1_000_000, 4_000_000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file to append to")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -79,7 +80,15 @@ def main() -> None:
             print(
                 f"{rows:>10,} {name:<11}{speed:>14,.0f}{ratio:>8.2f}{medians['wall']:>8.2f}{medians['peak_mib']:>10.0f}"
             )
-            record(rows, name, round(speed), round(ratio, 3), round(medians["wall"], 3), round(medians["peak_mib"]))
+            record(
+                args.output,
+                rows,
+                name,
+                round(speed),
+                round(ratio, 3),
+                round(medians["wall"], 3),
+                round(medians["peak_mib"]),
+            )
 
 
 def write(folder: Path, rows: int) -> None:
@@ -131,12 +140,12 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def record(rows: int, name: str, speed: int, ratio: float, wall: float, peak: int) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
+def record(path: Path, rows: int, name: str, speed: int, ratio: float, wall: float, peak: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
     versions = " ".join(f"{p} {importlib.metadata.version(p)}" for p in ("pyarrow", "numpy", "torch", "torchrec"))
     machine = f"{platform.machine()} {os.cpu_count()} CPUs"
-    with RESULTS.open("a", newline="") as f:
+    with path.open("a", newline="") as f:
         out = csv.writer(f)
         if new:
             out.writerow(

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Everything there is to know of a GPU, in under nine minutes, into the folder OUT.
+# What there is to know of a GPU without TorchRec, in under ten minutes, into the folder OUT. With TorchRec, also run
+# pytest -m gpu tests/training.
 #   scripts/gpu_check.sh [--dry-run] [--only "PART PART"] OUT
-# Needs Python 3.12, torch, triton, numpy and pytest; no torchrec, no fbgemm, no network. PYTHON names the
+# Needs Python 3.11 or newer, torch, triton, numpy and pytest; no torchrec, no fbgemm, no network. PYTHON names the
 # interpreter. Every part has a time limit of its own and writes as it goes; a part that fails or runs out
 # of time does not stop the next, and summary.txt says how each ended. --dry-run does the same on a CPU, with tiny
 # shapes and Triton's interpreter. --only runs the parts it names: tests tuning fm_attention fm_attention_norm
@@ -15,6 +16,13 @@ fi
 only=
 if [ "${1:-}" = --only ] && [ $# -gt 1 ]; then
     only=" $2 "
+    for name in $2; do
+        case " tests tuning fm_attention fm_attention_norm gpu_step " in *" $name "*) ;; *)
+            echo "scripts/gpu_check.sh: --only: no part is named '$name'" >&2
+            exit 2
+            ;;
+        esac
+    done
     shift 2
 fi
 if [ $# -ne 1 ]; then

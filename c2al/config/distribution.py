@@ -9,6 +9,9 @@ Sharding = Literal[
     "table_wise", "row_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"
 ]
 Kernel = Literal["fused", "fused_uvm_caching"]
+CACHED = "fused_uvm_caching"
+MOST_GIB = 1e9
+"""Beyond it and its inverse the planner's arithmetic breaks down."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +23,22 @@ class TableConfig:
     sharding: tuple[Sharding, ...] = ()
     """Types the planner may choose from; empty: dist.sharding."""
     min_partition: int = 0
-    """Smallest column shard of column-wise types; 0: the planner's."""
+    """Fewest columns of a shard of column-wise types, at least 4; 0: the planner's."""
     kernels: tuple[Kernel, ...] = ()
     """Kernels the planner may choose from; empty: dist.kernels."""
     cache_load_factor: float = 0.0
-    """Share of the rows that a GPU caches of this table in host memory; 0: dist.cache_load_factor."""
+    """Share of its rows by which this table in host memory enlarges a GPU's cache; 0: dist.cache_load_factor. Tables
+    of one GPU and dimension share one cache."""
 
     def problems(self) -> Problems:
+        if self.min_partition and self.min_partition < 4:
+            yield "min_partition", f"must be 0 or at least 4, is {self.min_partition}"
         if not 0 <= self.cache_load_factor < 1:
             yield "cache_load_factor", f"must be in [0, 1), is {self.cache_load_factor}"
+        if self.sharding == ("data_parallel",) and (self.kernels or self.cache_load_factor):
+            yield "kernels", f"table '{self.name}' is data_parallel, which is on every device and has no such choice"
+        elif self.cache_load_factor and self.kernels and CACHED not in self.kernels:
+            yield "cache_load_factor", f"table '{self.name}' has no cache: its kernels do not name {CACHED}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,11 +84,20 @@ class DistConfig:
             yield "kernels", "must name at least one kernel"
         if not 0 < self.cache_load_factor < 1:
             yield "cache_load_factor", f"must be in (0, 1), is {self.cache_load_factor}"
+        if self.sharding == ("data_parallel",) and CACHED in self.kernels:
+            yield "kernels", f"data_parallel tables, which dist.sharding asks for, are not kept by {CACHED}"
+        for i, table in enumerate(self.tables):
+            if table.cache_load_factor and not table.kernels and CACHED not in self.kernels:
+                problem = f"table '{table.name}' has no cache: dist.kernels does not name {CACHED}"
+                yield f"tables[{i}].cache_load_factor", problem
         if self.timeout_seconds <= 0:
             yield "timeout_seconds", f"must be positive, is {self.timeout_seconds}"
         for field in ("hbm_gib", "ddr_gib", "local_world_size", "within_host_gib_s", "between_hosts_gib_s"):
             if getattr(self, field) < 0:
                 yield field, f"must not be negative, is {getattr(self, field)}"
+        for field in ("hbm_gib", "ddr_gib", "within_host_gib_s", "between_hosts_gib_s"):
+            if (value := getattr(self, field)) > MOST_GIB or 0 < value < 1 / MOST_GIB:
+                yield field, f"must be 0 or in [{1 / MOST_GIB:g}, {MOST_GIB:g}], is {value:g}"
         names = [t.name for t in self.tables]
         for name in sorted({n for n in names if names.count(n) > 1}):
             yield "tables", f"table '{name}' is named twice"

@@ -156,7 +156,7 @@ class TrainConfig:
     C++ compiler is; a run that goes on stays as it began. on: always, and an error where that fails. Both round
     differently."""
     log_every: int = 50
-    """Steps between log lines."""
+    """Steps between records in metrics.jsonl. Where stderr is no terminal, each is also a line there."""
     eval_every: int = 0
     """Steps between evaluations on the validation split; 0: only at the end."""
     y_every: int = 0

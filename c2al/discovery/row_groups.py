@@ -114,7 +114,7 @@ class _Progress:
             seconds = time.perf_counter() - self._began
             print(
                 f"{self._name}: {self._rows:,} rows in {seconds:.1f} s, {self._rows / seconds:,.0f} rows/s per rank, "
-                f"{self._decoding / self._working:.0%} of the time decoding (the limit)",
+                f"{self._decoding / self._working:.0%} of the time decoding Parquet",
                 file=sys.stderr,
             )
 

@@ -86,29 +86,7 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
     """
     if not tables_of(model):
         return {}
-    special = {t.name: t for t in config.dist.tables}
-    features = {f.key: f for f in config.data.sparse}
-    constraints = {}
-    for table, embedding in tables_of(model).items():
-        wanted = special.get(table)
-        kinds = list(wanted.sharding if wanted and wanted.sharding else config.dist.sharding)
-        if embedding.pooling is PoolingType.MEAN and len(kinds) > 1:
-            kinds = [k for k in kinds if k != GRID]  # see _validate
-        if world.size == 1 and "table_wise" in kinds:
-            # Rated alike by the planner, but rows that are split among one rank are sorted into its one bucket.
-            kinds = [k for k in kinds if k not in ROW_SPLIT]
-        kernels = (wanted and wanted.kernels) or config.dist.kernels
-        constraints[table] = ParameterConstraints(
-            sharding_types=kinds,
-            compute_kernels=[DENSE, *(kernels if world.device.type == "cuda" else [FUSED])],
-            # Rated without the prefetch: with it the planner takes host memory to be as fast as the device's.
-            cache_params=cache_params((wanted and wanted.cache_load_factor) or config.dist.cache_load_factor, False),
-            min_partition=(wanted.min_partition or None) if wanted else None,
-            # Of each feature that shares the table.
-            pooling_factors=[
-                float(max(features[f].max_length, 1)) if f in features else 1.0 for f in embedding.feature_names
-            ],
-        )
+    constraints = _constraints(model, config, world)
     topology = _topology(config, world)
     batch_size = max(1, config.train.batch_size // world.size)
     planner = EmbeddingShardingPlanner(
@@ -141,6 +119,34 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
     except RuntimeError as e:  # the enumerator's answer to constraints that exclude everything
         raise PlanError(f"dist.sharding: {e}") from e
     return {table: placement_of(s) for module in torchrec_plan.plan.values() for table, s in module.items()}
+
+
+def _constraints(model: nn.Module, config: Config, world: Ranks) -> dict[str, ParameterConstraints]:
+    """What the config lets the planner choose from, for every table."""
+    special = {t.name: t for t in config.dist.tables}
+    features = {f.key: f for f in config.data.sparse}
+    constraints = {}
+    for table, embedding in tables_of(model).items():
+        wanted = special.get(table)
+        kinds = list(wanted.sharding if wanted and wanted.sharding else config.dist.sharding)
+        if embedding.pooling is PoolingType.MEAN and len(kinds) > 1:
+            kinds = [k for k in kinds if k != GRID]  # see _validate
+        if world.size == 1 and "table_wise" in kinds:
+            # Rated alike by the planner, but rows that are split among one rank are sorted into its one bucket.
+            kinds = [k for k in kinds if k not in ROW_SPLIT]
+        kernels = (wanted and wanted.kernels) or config.dist.kernels
+        constraints[table] = ParameterConstraints(
+            sharding_types=kinds,
+            compute_kernels=[DENSE, *(kernels if world.device.type == "cuda" else [FUSED])],
+            # Rated without the prefetch: with it the planner takes host memory to be as fast as the device's.
+            cache_params=cache_params((wanted and wanted.cache_load_factor) or config.dist.cache_load_factor, False),
+            min_partition=(wanted.min_partition or None) if wanted else None,
+            # Of each feature that shares the table.
+            pooling_factors=[
+                float(max(features[f].max_length, 1)) if f in features else 1.0 for f in embedding.feature_names
+            ],
+        )
+    return constraints
 
 
 def _topology(config: Config, world: Ranks) -> Topology:

@@ -72,23 +72,8 @@ def shard_model(
     this stack would silently replace.
     """
     tables = tables_of(model)
-
-    def choose() -> Plan:
-        if config.dist.plan:
-            try:
-                plan = read_plan(Path(config.dist.plan))
-                _validate(plan, config.dist.plan, tables, config, world)
-                return plan
-            except PlanError as e:
-                if for_training:
-                    raise
-                print(f"dist.plan does not fit {world.size} ranks, planning again: {e}", file=sys.stderr)
-        plan = choose_plan(model, config, world)
-        _validate(plan, "the planner", tables, config, world)
-        return plan
-
     _update_in_backward(model, config.train.optimizer)
-    plan = world.once(choose)
+    plan = world.once(lambda: _plan(model, config, world, plan_again=not for_training))
     dmp = DistributedModelParallel(
         model,
         device=world.device,
@@ -103,6 +88,23 @@ def shard_model(
     if world.device.type == "cpu":
         update_on_host(dmp)
     return dmp
+
+
+def _plan(model: nn.Module, config: Config, ranks: Ranks, plan_again: bool = False) -> Plan:
+    """The plan file's plan, or the planner's. `plan_again`: also where the plan file does not suit the ranks."""
+    tables = tables_of(model)
+    if config.dist.plan:
+        try:
+            plan = read_plan(Path(config.dist.plan))
+            _validate(plan, config.dist.plan, tables, config, ranks)
+            return plan
+        except PlanError as e:
+            if not plan_again:
+                raise
+            print(f"dist.plan is not followed, planning again for {ranks.size} ranks: {e}", file=sys.stderr)
+    plan = choose_plan(model, config, ranks)
+    _validate(plan, "the planner", tables, config, ranks)
+    return plan
 
 
 def _update_in_backward(model: nn.Module, optimizer: OptimizerConfig) -> None:
@@ -152,15 +154,14 @@ def plan_table(dmp: DistributedModelParallel) -> str:
 
 
 def planned(model: nn.Module, config: Config, ranks: Ranks) -> tuple[Plan, str]:
-    """The planner's plan for ranks that need not be there, and its text with what leaves each rank in a step.
+    """The plan for ranks that need not be there, and its text with what leaves each rank in a step.
 
     Raises PlanError when none fits or the plan does not suit the config.
     """
     hush_the_stack()
     tables = tables_of(model)
     _update_in_backward(model, config.train.optimizer)
-    plan = choose_plan(model, config, ranks)
-    _validate(plan, "the planner", tables, config, ranks)
+    plan = _plan(model, config, ranks)
     sizes = {name: (t.num_embeddings, t.embedding_dim) for name, t in tables.items()}
     element = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}[config.dist.forward_comm]
     batch = max(1, config.train.batch_size // ranks.size)

@@ -120,7 +120,8 @@ def describe(config: Config, cohorts: int) -> Description:
 
 
 def plan_for(config: Config, ranks: str) -> str:
-    """The planner's plan of the tables for `ranks`, e.g. "8x8": hosts and ranks per host, none of which need be here.
+    """The plan of the tables, the planner's or that of `dist.plan`, for `ranks`: hosts and ranks per host, e.g. "8x8",
+    none of which need be here.
 
     `dist.device = "auto"` stands for what is here. Raises ConfigError for other text and for ranks that training
     would refuse, PlanError when nothing fits.

@@ -33,9 +33,9 @@ class Waiting:
         """Whether the last evaluation found the best weights so far, or ends training."""
         return config.patience > 0 and (self.since == 0 or self.over(config))
 
-    def missed(self, config: EarlyStoppingConfig, step: int) -> bool:
-        """Whether a run that goes on at `step` was killed between saving that step and evaluating it."""
-        return config.patience > 0 and step > self.step
+    def missed(self, step: int) -> bool:
+        """Whether a run that goes on at `step`, which is to be evaluated, ended between saving and evaluating it."""
+        return step > self.step
 
     def over(self, config: EarlyStoppingConfig) -> bool:
         """Whether training ends here."""

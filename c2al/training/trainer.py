@@ -41,8 +41,6 @@ PRIMARY = "primary"
 """Name of the primary task; the others have the names of their cohorts."""
 Y_BATCHES = 8
 """Validation batches whose Y is recorded."""
-
-
 INTERRUPT_STEPS = 10
 """Steps after which several ranks tell each other at the latest that one of them was told to stop."""
 
@@ -152,14 +150,14 @@ class Trainer:
             self._progress_bar() as bar,
             profiler_of(self.run, self.world) as profiler,
         ):
-            if self.waiting.missed(train.early_stopping, self.step) and self._due(train.eval_every):
+            if self.config.data.validation and self._due(train.eval_every) and self.waiting.missed(self.step):
                 self._evaluate()
                 self._save(self.ne)
             while self.step < self.total and not self.waiting.over(train.early_stopping):
                 self.advance(batches)
                 bar.update()
                 profiler.step()
-                self._check(interrupt)
+                self._check(interrupt, bar)
                 if self._due(train.log_every):
                     self._log_training(bar)
                 # Saved before the validation split is read: a failure there costs no trained weights.
@@ -223,7 +221,7 @@ class Trainer:
         self._update(self.metrics, logit_BT, batch)
         self.step = step
 
-    def _check(self, interrupt: Interrupt) -> None:
+    def _check(self, interrupt: Interrupt, bar: Any) -> None:
         """Stops every rank when one saw a loss that is not finite or was told to stop.
 
         The losses are looked at, which waits for the device, wherever a checkpoint, an evaluation or a
@@ -241,6 +239,8 @@ class Trainer:
         if due or stop:
             self._refuse_nonfinite()
         if stop:
+            if self.step > self._logged:
+                self._log_training(bar)
             self._save()
             self.checkpoints.wait()
             said = f"{self.run.path}: interrupted; step {self.step} is saved, the same command goes on"
@@ -282,7 +282,10 @@ class Trainer:
         self._record("train", values)
         if (gramian := self.dynamics.gramian()) is not None:
             self._record("gramian", gramian)
-        bar.set_postfix_str(f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}")
+        said = f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}"
+        bar.set_postfix_str(said)
+        if bar.disable:
+            self._say(f"step {self.step} of {self.total}: {said}")
 
     def _record(self, kind: str, values: dict[str, Any]) -> None:
         """Writes a record of this step on rank 0; a disk that is full ends all ranks."""

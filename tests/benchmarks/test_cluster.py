@@ -31,12 +31,13 @@ def test_an_all_reduce_passes_twice_and_shares_the_network_links_of_a_host():
 
 
 def test_the_page_shows_what_the_constants_give():
-    """Of the rows that need no planner; those that do are made again by --page."""
+    """All that readers and the store must bring; of the exchange what needs no planner. --page makes it again."""
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     block = page.partition(cluster.BEGIN)[2].partition(cluster.END)[0]
     assert f"| whole training step, ms | {cluster.STEP_MS} |" in block, (
         "run python benchmarks/cluster.py --page docs/scale.md"
     )
+    assert cluster._feeding(cluster.dhen_production().config, cluster.STEP_MS) in block
     rows = re.findall(
         r"^\| (\d+) \| ([a-z ]+) \| (fp\d+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", block, re.MULTILINE
     )

@@ -118,6 +118,38 @@ def test_impossible_axes_are_refused(axis, message):
 
 
 @pytest.mark.parametrize(
+    ("dist", "message"),
+    [
+        ({"kernels": []}, "dist.kernels: must name at least one kernel"),
+        ({"cache_load_factor": 1.0}, "dist.cache_load_factor: must be in (0, 1), is 1.0"),
+        ({"sharding": ["data_parallel"], "kernels": ["fused_uvm_caching"]}, "dist.kernels: data_parallel tables"),
+        ({"hbm_gib": 1e300}, "dist.hbm_gib: must be 0 or in [1e-09, 1e+09], is 1e+300"),
+        ({"ddr_gib": 1e300}, "dist.ddr_gib: must be 0 or in"),
+        ({"within_host_gib_s": 1e-300}, "dist.within_host_gib_s: must be 0 or in"),
+        (
+            {"tables": [{"name": "t", "min_partition": 2}]},
+            "min_partition: must be 0 or at least 4, is 2",
+        ),
+        ({"tables": [{"name": "t", "cache_load_factor": -0.1}]}, "dist.tables[0].cache_load_factor: must be in [0, 1)"),
+        ({"tables": [{"name": "t", "cache_load_factor": 0.5}]}, "table 't' has no cache: dist.kernels does not name"),
+        (
+            {"tables": [{"name": "t", "kernels": ["fused"], "cache_load_factor": 0.5}]},
+            "dist.tables[0].cache_load_factor: table 't' has no cache: its kernels do not name fused_uvm_caching",
+        ),
+        (
+            {"tables": [{"name": "t", "sharding": ["data_parallel"], "kernels": ["fused_uvm_caching"]}]},
+            "dist.tables[0].kernels: table 't' is data_parallel",
+        ),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused(dist, message):
+    tree = copy() | {"dist": dist}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("parts", "message"),
     [
         (["a", "a"], "axes[4].cross: names axis 'a' twice"),

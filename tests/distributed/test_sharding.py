@@ -323,7 +323,7 @@ def test_a_plan_for_other_ranks_is_planned_again_for_readers_and_said(tmp_path):
     assert f"{path}: table 'user': ranks [0, 1] are not all in [0, 1)" in refused
     _, plan, said = planned_from(path, False)
     assert {p.ranks for p in plan.values()} == {(0,)}
-    assert said.startswith(f"dist.plan does not fit 1 ranks, planning again: {path}: table 'user'")
+    assert said.startswith(f"dist.plan is not followed, planning again for 1 ranks: {path}: table 'user'")
     # A plan that fits is followed without a word.
     first, second = run_ranks(planned_from, 2, path, False)
     assert first[1]["user"] == second[1]["user"] == Placement("row_wise", (0, 1))

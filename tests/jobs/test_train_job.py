@@ -1,6 +1,7 @@
 """`train` in this process: determinism, resume, what stops it and what it leaves behind."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,8 @@ import torch
 from c2al.__main__ import main
 from c2al.config import parse_config, replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
-from c2al.errors import CheckpointError, ConfigError, TrainingError
-from c2al.training.trainer import train
+from c2al.errors import CheckpointError, ConfigError, InterruptError, TrainingError
+from c2al.training.trainer import Trainer, train
 from impressions import tree, write_cohorts, write_impressions
 
 
@@ -73,6 +74,32 @@ def test_resumed_equals_uninterrupted(config, world, tmp_path):
         whole, parts = (records(tmp_path / run, kind)[-1] for run in ("whole", "parts"))
         for table in ("primary",) if kind == "validation" else ("lifetime", "loss"):
             assert parts[table] == whole[table], "a resumed run counts what the uninterrupted one counts"
+
+
+def test_an_interruption_loses_no_record(config, world, tmp_path, monkeypatch):
+    """Told to stop at a step that is to be evaluated: its window is logged at once, and it is evaluated later."""
+    config = replace(config, **{"train.max_steps": 12, "train.log_every": 8, "train.eval_every": 5})
+    train(config, tmp_path / "whole", world)
+    advance = Trainer.advance
+
+    def told_to_stop(trainer, batches) -> None:
+        advance(trainer, batches)
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "advance", told_to_stop)
+    with pytest.raises(InterruptError):
+        train(config, tmp_path / "parts", world)
+    monkeypatch.setattr(Trainer, "advance", advance)
+    train(config, tmp_path / "parts", world)
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (records(tmp_path / run, "validation") for run in ("whole", "parts"))
+    assert [r["step"] for r in parts] == [5, 10, 12]
+    assert [r["primary"] for r in parts] == [r["primary"] for r in whole]
+    logged = {run: records(tmp_path / run, "train") for run in ("whole", "parts")}
+    assert [r["step"] for r in logged["parts"]] == [5, 8, 12]
+    seen = {run: sum(r["window"]["primary"]["all"]["weight"] for r in found) for run, found in logged.items()}
+    assert seen["parts"] == seen["whole"]
 
 
 def test_accumulated_steps_resume_too(config, world, tmp_path):
