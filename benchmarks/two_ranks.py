@@ -58,7 +58,8 @@ def main() -> None:
             save_config(training_config(shape.config, arguments, Path(folder), batch, steps), configs[name])
         found: dict[str, list[float]] = {name: [] for name in arguments.contenders}
         for number in range(arguments.rounds):
-            for name in arguments.contenders:
+            # Who goes first alternates: the machine's speed drifts.
+            for name in arguments.contenders[:: -1 if number % 2 else 1]:
                 output = Path(folder) / f"{name.replace(' ', '-')}-{number}"
                 found[name].append(samples_per_second(name, configs.get(name, configs["one"]), output))
             write_table(arguments.output / "ranks.csv", rows(found, arguments))

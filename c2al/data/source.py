@@ -24,7 +24,7 @@ TAIL_BYTES = 1 << 16
 KEPT_FOOTERS = 8
 """Parsed footers that are kept. A footer lists all row groups, so that reading it for each of them would make the time
 of a scan grow with their square. All footers of a data set would grow with it. A footer is found again by
-the file's size and its end: a file that was replaced is read by its own."""
+its `File`, and by the file's size and end: a file that was replaced is read by its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class File:
     row_group_rows: tuple[int, ...]
     partition: Mapping[str, int | str | None] = dataclasses.field(default_factory=dict)
     """Values of the partition keys that are columns."""
+    _opened: object = dataclasses.field(default_factory=object, repr=False, compare=False)
+    """Of no other file, whatever its path and size."""
 
     def read(self, row_group: int, columns: Sequence[str], dictionary: Sequence[str] = ()) -> pa.Table:
         """One row group's `columns`; strings among those in `dictionary` come dictionary-encoded.
@@ -54,7 +56,9 @@ class File:
         ]
         try:
             with self.filesystem.open_input_file(self.path) as handle:
-                reader = pq.ParquetFile(handle, metadata=_footer(handle), read_dictionary=encoded, pre_buffer=True)
+                reader = pq.ParquetFile(
+                    handle, metadata=_footer(handle, self._opened), read_dictionary=encoded, pre_buffer=True
+                )
                 table = reader.read_row_group(row_group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{self.where(row_group)}: cannot be decoded: {redacted(str(e))}") from e
@@ -75,15 +79,16 @@ class File:
 class _End:
     """The end of a file, by which its footer is found again."""
 
+    opened: object
     size: int
     tail: bytes
     file: pa.NativeFile = dataclasses.field(compare=False)
 
 
-def _footer(file: pa.NativeFile) -> pq.FileMetaData:
+def _footer(file: pa.NativeFile, opened: object) -> pq.FileMetaData:
     """The file's parsed footer. Raises pyarrow.ArrowInvalid or OSError if there is none."""
     size = file.size()
-    return _parsed(_End(size, file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0)), file))
+    return _parsed(_End(opened, size, file.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0)), file))
 
 
 @functools.lru_cache(maxsize=KEPT_FOOTERS)

@@ -365,3 +365,16 @@ def test_a_long_footer_is_read_once_for_all_its_row_groups(tmp_path):
         before = source._parsed.cache_info().misses
         assert [file.read(g, names[-1:])[0][0].as_py() for g in range(10)] == list(range(first, first + 10))
         assert source._parsed.cache_info().misses == before + 1
+
+
+def test_files_that_are_alike_at_their_ends_are_read_each_by_its_own_footer(tmp_path):
+    """Of one size; in one of their first row groups one misses a value of x and the other one of y."""
+    for missing in "xy":
+        values = {name: [i if i != 7 or name != missing else None for i in range(5000)] for name in "xy"}
+        pq.write_table(pa.table(values), tmp_path / f"{missing}.parquet", row_group_size=5)
+    written = [(tmp_path / f"{name}.parquet").read_bytes() for name in "xy"]
+    assert len(written[0]) == len(written[1])
+    assert written[0][-source.TAIL_BYTES :] == written[1][-source.TAIL_BYTES :]
+    for file, missing in zip(open_dataset([str(tmp_path)]), "xy", strict=True):
+        for name in "xy":
+            assert file.read(1, [name])[0].to_pylist() == [5, 6, None if name == missing else 7, 8, 9]

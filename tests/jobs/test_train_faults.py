@@ -189,10 +189,10 @@ def test_one_device_is_not_waited_for_between_due_steps(config, world, tmp_path,
     monkeypatch.setattr(trainer, "_refuse_nonfinite", lambda: looked.append(True))
     monkeypatch.setattr(type(world), "all_sum", lambda *_: pytest.fail("a collective on one rank"))
     with Interrupt() as interrupt:
-        trainer._check(interrupt)
+        trainer._check(interrupt, None)
         assert not looked
         trainer.step = trainer.total
-        trainer._check(interrupt)
+        trainer._check(interrupt, None)
         assert looked == [True]
 
 
