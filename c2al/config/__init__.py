@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses, and the one way to read and write them."""
 
 from c2al.config.data import Axis, DataConfig, DenseFeature, SparseFeature
-from c2al.config.distribution import DistConfig, Sharding, TableConfig
+from c2al.config.distribution import CACHED, DistConfig, Sharding, TableConfig
 from c2al.config.judge import BASELINE, Arm, DiscoverConfig, EvaluateConfig, ExperimentConfig, flat_settings
 from c2al.config.load import dump_config, load_config, parse_config, redacted_config, replace, save_config
 from c2al.config.model import ExpertsConfig, FMConfig, ModelConfig
@@ -16,6 +16,7 @@ from c2al.config.train import (
 
 __all__ = [
     "BASELINE",
+    "CACHED",
     "OF_AUXILIARY_LOSSES",
     "Arm",
     "Axis",

@@ -10,6 +10,7 @@ Sharding = Literal[
 ]
 Kernel = Literal["fused", "fused_uvm_caching"]
 CACHED = "fused_uvm_caching"
+"""The kernel of tables in host memory behind a cache on the device, as TorchRec names it."""
 MOST_GIB = 1e9
 """Beyond it and its inverse the planner's arithmetic breaks down."""
 

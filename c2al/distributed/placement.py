@@ -13,6 +13,7 @@ import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.types import CacheAlgorithm, CacheParams, ParameterSharding
 
+from c2al.config import CACHED
 from c2al.errors import PlanError
 from c2al.state import read_state, write_state
 
@@ -23,15 +24,8 @@ COLUMN_SPLIT = (ShardingType.COLUMN_WISE.value, ShardingType.TABLE_COLUMN_WISE.v
 GRID = ShardingType.GRID_SHARD.value
 ROW_SPLIT = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, GRID)
 
-DENSE, FUSED, CACHED = (
-    str(kernel.value)
-    for kernel in (
-        EmbeddingComputeKernel.DENSE,
-        EmbeddingComputeKernel.FUSED,
-        EmbeddingComputeKernel.FUSED_UVM_CACHING,
-    )
-)
-"""Kernels that train a table: of data_parallel; in device memory; in host memory, behind a cache on the device."""
+DENSE, FUSED = str(EmbeddingComputeKernel.DENSE.value), str(EmbeddingComputeKernel.FUSED.value)
+"""Kernels that train a table: of data_parallel; in device memory."""
 
 
 class Ranks(Protocol):

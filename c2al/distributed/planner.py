@@ -13,9 +13,8 @@ from torchrec.distributed.planner.storage_reservations import FixedPercentageSto
 from torchrec.distributed.planner.types import PlannerError, ShardingOption
 from torchrec.modules.embedding_configs import PoolingType
 
-from c2al.config import Config
+from c2al.config import CACHED, Config
 from c2al.distributed.placement import (
-    CACHED,
     COLUMN_SPLIT,
     DATA_PARALLEL,
     DENSE,

@@ -50,6 +50,13 @@ def test_a_dry_run_fills_every_table_where_torch_and_triton_are_alone(tmp_path):
     assert all(len(values) == 1 for values in losses.values())  # the same training, whatever runs FM attention
 
 
+def test_a_part_that_is_not_there_is_refused_by_name(tmp_path):
+    done = check("--only", "tests tunning", tmp_path / "out")
+    assert done.returncode == 2
+    assert "no part is named 'tunning'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path):
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\necho FAILED everything\nexit 3\n")

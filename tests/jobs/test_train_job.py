@@ -143,6 +143,9 @@ def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, 
     done = subprocess.run(command(tmp_path / "c.toml", tmp_path / "run"), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert_equal_weights(uninterrupted / "whole", tmp_path / "run")
+    last = records(tmp_path / "run", "train")[-1]
+    said = f"step {last['step']} of {last['step']}: {last['samples_per_second']:,.0f} samples/s, NE "
+    assert said in done.stderr, "the speed is told where no terminal is"
 
 
 def test_nonfinite_loss_stops_and_keeps_the_last_good_checkpoint(config, world, tmp_path):
