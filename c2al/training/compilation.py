@@ -50,7 +50,8 @@ def compile_training(
     if choice == "on" or (choice == "auto" and pays):
         # A penalty on Y is a mean over the rows that a block has, and dropout would draw in another order.
         whole = config.model.dropout or config.model.fm.y_l1 or config.model.fm.y_l2 or world.device.type != "cpu"
-        over.compiled = _Compiled(over, required=choice == "on", block_bytes=0 if whole else BLOCK_BYTES)
+        block_bytes = 0 if whole else BLOCK_BYTES
+        over.compiled = _Compiled(over, choice == "on", block_bytes, split=world.device.type != "cpu")
 
 
 def cpu_kernels() -> dict[str, Any]:
@@ -96,27 +97,31 @@ class _Compiled:
     """OverArch.interact under torch.compile; as it stands, where compiling fails and is not required.
 
     block_bytes: a batch whose embeddings take more runs in equal blocks of rows; 0: never.
+    split: under DDP, cut the graph where a bucket of gradients is full, so that the ranks can add up the first
+    buckets while the device computes the next. A CPU does both itself, and only loses what was fused.
     """
 
-    def __init__(self, over: OverArch, required: bool, block_bytes: int = 0) -> None:
+    def __init__(self, over: OverArch, required: bool, block_bytes: int = 0, split: bool = True) -> None:
         self._plain: Any = over.interact
         # Random numbers of dropout as without compiling. One graph: a batch always has the same size.
         options: dict[str, Any] = {"fallback_random": True} | cpu_kernels()
         self._compiled: Any = torch.compile(over.interact, fullgraph=True, dynamic=False, options=options)
         self._required, self.failed = required, False
-        self._block_bytes = block_bytes
+        self._block_bytes, self._split = block_bytes, split
         self._number_bytes = 2 if over.autocast else 4
 
     def __call__(self, dense_BF: Tensor, pooled_BND: Tensor | None) -> Tensor:
         if self.failed:
             return self._plain(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+        from torch._dynamo import config as dynamo_settings
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            if pooled_BND is None or (blocks := self._blocks(pooled_BND)) == 1:
-                return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
-            parts = zip(dense_BF.chunk(blocks), pooled_BND.chunk(blocks), strict=True)
-            return torch.cat([self._compiled(dense_bF, pooled_bND) for dense_bF, pooled_bND in parts])
+            with dynamo_settings.patch(optimize_ddp=self._split):
+                if pooled_BND is None or (blocks := self._blocks(pooled_BND)) == 1:
+                    return self._compiled(dense_BF, pooled_BND)  # type: ignore[no-any-return]
+                parts = zip(dense_BF.chunk(blocks), pooled_BND.chunk(blocks), strict=True)
+                return torch.cat([self._compiled(dense_bF, pooled_bND) for dense_bF, pooled_bND in parts])
         except TorchDynamoException as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             if self._required:

@@ -1,4 +1,4 @@
-"""benchmarks/two_ranks.py: one round on a tiny shape, with the ratios of the same round."""
+"""benchmarks/two_ranks.py: two rounds on a tiny shape, in turns; who is not at turn stands still."""
 
 import csv
 import os
@@ -12,18 +12,55 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_ranks.py"
 
 
 @pytest.mark.slow
-def test_a_round_of_one_and_two_ranks(tmp_path):
-    words = ["--shape", "tiny", "--rounds", "1", "--steps", "8", "--compile", "off", "--contenders", "one", "two"]
+def test_rounds_of_one_and_two_ranks_in_turns(tmp_path):
+    words = ["--shape", "tiny", "--rounds", "3", "--window", "4", "--windows", "1", "--compile", "off"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words, "--output", str(tmp_path)],
+        [sys.executable, str(SCRIPT), *words, "--contenders", "one", "two", "apart", "--output", str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "ranks.csv").open() as file:
-        one, two = csv.DictReader(file)
-    assert (one["contender"], two["contender"]) == ("one", "two")
+        one, two, apart = csv.DictReader(file)
+    assert [row["contender"] for row in (one, two, apart)] == ["one", "two", "apart"]
     assert float(one["over_one"]) == 1.0
-    ratio = float(two["samples_per_second"]) / float(one["samples_per_second"])
-    assert abs(float(two["over_one"]) - ratio) < 0.01
+    for row in (two, apart):
+        assert row["rounds"] == "3"
+        assert float(row["quarter"]) <= float(row["over_one"]) <= float(row["three_quarters"])
+        # The middle ratio of three lies between the extremes of speeds.
+        low, high = (float(row[a]) / float(one[b]) for a, b in (("min", "max"), ("max", "min")))
+        assert low - 0.01 <= float(row["over_one"]) <= high + 0.01
+
+
+def test_a_turn_counts_the_lines_after_the_first_and_leaves_the_job_stopped(tmp_path):
+    """A job that writes a line each 0.05 s of its own running."""
+    script = """
+import json, pathlib, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--output") + 1])
+run.mkdir()
+for step in range(10**6):
+    time.sleep(0.05)
+    with (run / "metrics.jsonl").open("a") as log:
+        print(json.dumps({"kind": "train", "samples_per_second": 100.0 + step, "seconds": {"total": 1.0}}), file=log)
+"""
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "c2al.py").write_text(script)
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import os, pathlib, time
+from two_ranks import training, turn
+os.environ["PYTHONPATH"] = {str(tmp_path / "jobs")!r}
+run = pathlib.Path({str(tmp_path / "run")!r})
+with training(pathlib.Path("c.toml"), 1, run) as job:
+    first = turn([job], 2)
+    time.sleep(0.3)
+    assert len(job.windows()) <= 1, "it went on"
+    print(first, turn([job], 2))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    first, second = map(float, done.stdout.split())
+    assert 101.5 <= first <= 103, "lines 1 and 2, or a line more on a busy machine"
+    assert second > first + 2, "the line that it was stopped in is not counted"
