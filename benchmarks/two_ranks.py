@@ -8,6 +8,7 @@ one          one rank
 two          two ranks, the same global batch: each takes half of it
 two larger   two ranks and twice the global batch: each takes what the one rank takes
 apart        two jobs of one rank that know nothing of each other: what the machine gives
+bfloat16     one rank in bfloat16, to be compared with one in float32
 
 The speed of a machine that others share drifts by a third within minutes. So all contenders are started and warmed
 up first, and then take turns of some seconds: whose turn it is not is stopped by a signal. A round is a turn of each,
@@ -41,7 +42,9 @@ from shapes import SHAPES
 
 from c2al.config import replace, save_config
 
-CONTENDERS = ("one", "two", "two larger", "apart")
+CONTENDERS = ("one", "two", "two larger", "apart", "bfloat16")
+RANKS = {"two": 2, "two larger": 2}
+"""Of a job; one where nothing is said."""
 PARTS = 4
 """Files of the data, so that every rank has some."""
 BATCHES = 64
@@ -54,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="wukong-26x16")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--window", type=int, default=8, help="steps between two lines of the log")
     parser.add_argument(
@@ -67,15 +70,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as started:
         for part in range(PARTS):
             write(shape.config.data, shape.batch * BATCHES // PARTS, Path(folder) / "data" / f"p{part}")
-        configs = {}
-        for name, batch in (("one", shape.batch), ("two larger", 2 * shape.batch)):
-            configs[name] = Path(folder) / f"{name.replace(' ', '-')}.toml"
-            save_config(training_config(shape.config, arguments, Path(folder), batch), configs[name])
         jobs = {}
         for name in arguments.contenders:
+            batch = shape.batch * (2 if name == "two larger" else 1)
+            precision = precision_of(name, arguments)
+            config = Path(folder) / f"{name.replace(' ', '-')}.toml"
+            save_config(training_config(shape.config, arguments, Path(folder), batch, precision), config)
             jobs[name] = [
-                started.enter_context(training(configs.get(name, configs["one"]), ranks_of(name), path))
-                for path in (Path(folder) / f"{name.replace(' ', '-')}-{n}" for n in range(2 if name == "apart" else 1))
+                started.enter_context(training(config, RANKS.get(name, 1), config.with_suffix(f".{number}")))
+                for number in range(2 if name == "apart" else 1)
             ]
             turn(jobs[name], arguments.windows)  # compiles
         found: dict[str, list[float]] = {name: [] for name in arguments.contenders}
@@ -88,11 +91,11 @@ def main() -> None:
         print({k: row[k] for k in ("contender", "samples_per_second", "over_one", "quarter", "three_quarters")})
 
 
-def ranks_of(contender: str) -> int:
-    return 1 if contender in ("one", "apart") else 2
+def precision_of(contender: str, arguments: argparse.Namespace) -> str:
+    return "bfloat16" if contender == "bfloat16" else str(arguments.precision)
 
 
-def training_config(config: Any, arguments: argparse.Namespace, folder: Path, batch: int) -> Any:
+def training_config(config: Any, arguments: argparse.Namespace, folder: Path, batch: int, precision: str) -> Any:
     """The shape's config on the written data, without end and without anything but steps and log lines."""
     return replace(
         dataclasses.replace(config, axes=()),
@@ -102,7 +105,7 @@ def training_config(config: Any, arguments: argparse.Namespace, folder: Path, ba
             "data.test": (),
             "train.batch_size": batch,
             "train.epochs": 10**6,
-            "train.precision": arguments.precision,
+            "train.precision": precision,
             "train.compile": arguments.compile,
             "train.log_every": arguments.window,
             "train.eval_every": 0,
@@ -184,7 +187,8 @@ def rows(found: dict[str, list[float]], arguments: argparse.Namespace) -> list[d
     for name, values in found.items():
         if not values:
             continue
-        row: dict[str, object] = {"shape": arguments.shape, "precision": arguments.precision, "contender": name}
+        row: dict[str, object] = {"shape": arguments.shape, "precision": precision_of(name, arguments)}
+        row |= {"contender": name}
         row |= {"rounds": len(values), "samples_per_second": round(statistics.median(values))}
         row |= {"min": round(min(values)), "max": round(max(values))}
         ratios = [v / one for v, one in zip(values, found.get("one", []), strict=False)]
