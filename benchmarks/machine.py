@@ -56,8 +56,17 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Replaces `path` by a CSV of the rows. Called after every row, so that a job cut short leaves its rows."""
+def write_table(path: Path, rows: Sequence[Mapping[str, object]], key: Sequence[str] = ()) -> None:
+    """Replaces `path` by a CSV of the rows. Called after every row, so that a job cut short leaves its rows.
+
+    With a `key`, rows of the file that have other values in these columns stay, so that a table can be made by
+    several commands.
+    """
+    if key and path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+        new = {tuple(str(row[name]) for name in key) for row in rows}
+        rows = [row for row in old if tuple(row.get(name) for name in key) not in new] + list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.output.is_dir():
+        parser.error(f"--output: {args.output} is a folder, a file to append to is wanted")
     if args.only:
         print(json.dumps(measure(args.only, args.folder)))
         return

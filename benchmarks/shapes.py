@@ -1,4 +1,5 @@
-"""The named models that benchmarks/train.py and benchmarks/gpu_step.py measure. Imports torch alone."""
+"""The named models that the benchmarks of training measure. "demo" is
+c2al/configs/conflict.toml, not what `make demo` runs. Imports torch alone."""
 
 import dataclasses
 import importlib.resources

@@ -62,7 +62,7 @@ def main() -> None:
             row |= measure(shape, arguments, Path(folder))
         print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row | about())
-        write_table(arguments.output / "step.csv", rows)
+        write_table(arguments.output / "step.csv", rows, key=("shape", "precision", "compile"))
 
 
 def measure(shape: Shape, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

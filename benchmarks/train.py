@@ -43,6 +43,8 @@ from shapes import SHAPES, Shape
 
 from c2al.config import Config, replace
 
+KEY = ("shape", "precision", "contender", "threads")
+"""What a row of train.csv is known by."""
 CONTENDERS = ("c2al", "c2al-eager", "plain", "compiled", "dlrm", "fuxictr")
 MODULES = (
     "DenseArch",
@@ -98,7 +100,7 @@ def main() -> None:
             fresh = summaries(name, precision, results)
             rows += [row | {"threads": arguments.threads} | about() for row in fresh]
             if rows:  # an empty table would replace an earlier one
-                write_table(arguments.output / "train.csv", rows)
+                write_table(arguments.output / "train.csv", rows, key=KEY)
             if arguments.breakdown:
                 result = spawn("breakdown", name, precision, arguments, Path(folder) / "breakdown") or {}
                 for part, share in result.items():
@@ -106,7 +108,7 @@ def main() -> None:
                     parts.append(
                         {"shape": name, "precision": precision, "part": part, "share": round(share, 4)} | about()
                     )
-                write_table(arguments.output / "train_breakdown.csv", parts)
+                write_table(arguments.output / "train_breakdown.csv", parts, key=("shape", "precision"))
 
 
 def write_data(shape: Shape, arguments: argparse.Namespace, folder: Path) -> None:

@@ -15,8 +15,8 @@ up first, and then take turns of some seconds: whose turn it is not is stopped b
 and the order of rounds alternates. The ratios are those of turns of the same round. What is between two lines of a
 job's log is counted where the job was never stopped in it.
 
-Medians, minima and maxima over the rounds go to benchmarks/results/ranks.csv, with the median of the ratios to "one"
-and the quarter and three quarters of them.
+Medians, minima and maxima over the rounds go to ranks.csv, with the median and the quartiles of the ratios to "one".
+Rows of other shapes, precisions and contenders stay in it.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from machine import RESULTS, about, write_table
 from made_rows import write
 from shapes import SHAPES
@@ -56,16 +57,23 @@ POLL = 0.02
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="wukong-26x16")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of all but bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[:4])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each contender")
     parser.add_argument("--window", type=int, default=8, help="steps between two lines of the log")
     parser.add_argument(
-        "--windows", type=int, default=2, help="windows that a turn measures, after one that it does not"
+        "--windows",
+        type=int,
+        choices=range(1, 1000),
+        metavar="WINDOWS",
+        default=2,
+        help="windows that a turn measures, after one that it does not",
     )
-    parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--compile", choices=("on", "off"), default="on", help="train.compile of every contender")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of ranks.csv")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it takes its jobs with it
+    torch.set_num_threads(1)  # as its jobs have: the table names the threads of a rank
     shape = SHAPES[arguments.shape]()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as started:
         for part in range(PARTS):
@@ -80,13 +88,17 @@ def main() -> None:
                 started.enter_context(training(config, RANKS.get(name, 1), config.with_suffix(f".{number}")))
                 for number in range(2 if name == "apart" else 1)
             ]
+            print(f"{name}: started, warms up", file=sys.stderr)
             turn(jobs[name], arguments.windows)  # compiles
         found: dict[str, list[float]] = {name: [] for name in arguments.contenders}
         for number in range(arguments.rounds):
             # Who goes first alternates: the machine's speed drifts.
             for name in arguments.contenders[:: -1 if number % 2 else 1]:
                 found[name].append(turn(jobs[name], arguments.windows))
-            write_table(arguments.output / "ranks.csv", rows(found, arguments))
+            table = rows(found, arguments)
+            write_table(arguments.output / "ranks.csv", table, key=("shape", "precision", "contender"))
+            said = ", ".join(f"{row['contender']} {row['samples_per_second']:,}" for row in table)
+            print(f"round {number + 1} of {arguments.rounds}, medians so far, samples/s: {said}", file=sys.stderr)
     for row in rows(found, arguments):
         print({k: row[k] for k in ("contender", "samples_per_second", "over_one", "quarter", "three_quarters")})
 

@@ -36,7 +36,7 @@ class TableConfig:
             yield "min_partition", f"must be 0 or at least 4, is {self.min_partition}"
         if not 0 <= self.cache_load_factor < 1:
             yield "cache_load_factor", f"must be in [0, 1), is {self.cache_load_factor}"
-        if self.sharding == ("data_parallel",) and (self.kernels or self.cache_load_factor):
+        if set(self.sharding) == {"data_parallel"} and (self.kernels or self.cache_load_factor):
             yield "kernels", f"table '{self.name}' is data_parallel, which is on every device and has no such choice"
         elif self.cache_load_factor and self.kernels and CACHED not in self.kernels:
             yield "cache_load_factor", f"table '{self.name}' has no cache: its kernels do not name {CACHED}"
@@ -85,12 +85,16 @@ class DistConfig:
             yield "kernels", "must name at least one kernel"
         if not 0 < self.cache_load_factor < 1:
             yield "cache_load_factor", f"must be in (0, 1), is {self.cache_load_factor}"
-        if self.sharding == ("data_parallel",) and CACHED in self.kernels:
+        replicated = set(self.sharding) == {"data_parallel"}
+        if replicated and CACHED in self.kernels:
             yield "kernels", f"data_parallel tables, which dist.sharding asks for, are not kept by {CACHED}"
         for i, table in enumerate(self.tables):
             if table.cache_load_factor and not table.kernels and CACHED not in self.kernels:
                 problem = f"table '{table.name}' has no cache: dist.kernels does not name {CACHED}"
                 yield f"tables[{i}].cache_load_factor", problem
+            if replicated and not table.sharding and (table.kernels or table.cache_load_factor):
+                problem = f"table '{table.name}' is data_parallel, as dist.sharding says, and has no such choice"
+                yield f"tables[{i}].kernels", problem
         if self.timeout_seconds <= 0:
             yield "timeout_seconds", f"must be positive, is {self.timeout_seconds}"
         for field in ("hbm_gib", "ddr_gib", "local_world_size", "within_host_gib_s", "between_hosts_gib_s"):

@@ -110,10 +110,13 @@ def choose_plan(model: nn.Module, config: Config, world: Ranks) -> Plan:
     except PlannerError as e:
         asked = sorted({k for c in constraints.values() for k in c.sharding_types or ()})
         offered = sorted({k for c in constraints.values() for k in c.compute_kernels or () if k != DENSE})
+        hint = ""
+        if world.device.type == "cuda" and CACHED not in offered:
+            hint = f"dist.kernels = ['fused', '{CACHED}'] lets tables lie in host memory. "
         raise PlanError(
             f"no sharding plan fits {world.size} ranks with dist.ddr_gib = {config.dist.ddr_gib:g}, "
-            f"dist.hbm_gib = {config.dist.hbm_gib:g}, sharding types {asked} and kernels {offered}: "
-            f"{' '.join(str(e).split())}"
+            f"dist.hbm_gib = {config.dist.hbm_gib:g}, sharding types {asked} and kernels {offered}. {hint}"
+            f"TorchRec says: {' '.join(str(e).split())}"
         ) from e
     except RuntimeError as e:  # the enumerator's answer to constraints that exclude everything
         raise PlanError(f"dist.sharding: {e}") from e

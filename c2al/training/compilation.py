@@ -6,6 +6,7 @@ they are; evaluation, scoring, diagnostics and export, which hook modules or mus
 
 import logging
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ def compile_training(
         whole = config.model.dropout or config.model.fm.y_l1 or config.model.fm.y_l2 or world.device.type != "cpu"
         block_bytes = 0 if whole else BLOCK_BYTES
         over.compiled = _Compiled(over, choice == "on", block_bytes, split=world.device.type != "cpu")
+        if world.rank == 0:
+            print(
+                "train.compile: the first step compiles the layers: a minute or two, less from a cache", file=sys.stderr
+            )
 
 
 def cpu_kernels() -> dict[str, Any]:

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -199,3 +200,13 @@ def _metric(sums_S: Tensor) -> Metric:
         weight=weight,
         positives=positives,
     )
+
+
+def as_records(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:
+    """What BinaryMetrics computed, as metrics.jsonl has it: task -> cohort -> figures."""
+    return {task: {cohort: dataclasses.asdict(m) for cohort, m in row.items()} for task, row in result.items()}
+
+
+def shown_ne(ne: float | None) -> str:
+    """For people."""
+    return "undefined" if ne is None else f"{ne:.4f}"

@@ -328,14 +328,20 @@ def _flat(tree: Any, path: str = "") -> Any:
 class MetricsLog:
     """metrics.jsonl and TensorBoard, written by rank 0.
 
-    A resumed run drops the records after its checkpoint, so that each step stands there once.
+    A resumed run drops the records after its checkpoint, and writes none anew that the step of its checkpoint has, so
+    that each stands there once.
     Every method raises OutputError when it cannot write, the constructor StateError when metrics.jsonl
     holds something else.
     """
 
     def __init__(self, path: Path, step: int):
         self._file, self._folder = path / "metrics.jsonl", path / "tensorboard"
-        write_atomically(self._file, "".join(_records(self._file, step)))
+        kept = _records(self._file, step)
+        write_atomically(self._file, "".join(kept))
+        last = [record for record in map(json.loads, kept) if record["step"] == step]
+        self.there: frozenset[str] = frozenset(record.get("kind", "") for record in last)
+        """Kinds of the records that the step which the run goes on from has already."""
+        self._step = step
         with output_errors(self._folder):
             if step == 0:
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -343,6 +349,8 @@ class MetricsLog:
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Appends a record; numbers also go to TensorBoard as kind/name."""
+        if step == self._step and kind in self.there:
+            return
         with output_errors(self._file), self._file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         with output_errors(self._folder):

@@ -140,7 +140,7 @@ def carried_columns(config: Config) -> tuple[str, ...]:
 
 
 class _Part:
-    """One rank's Parquet file, in row groups of at least ROW_GROUP_ROWS rows but for the last; none without rows."""
+    """One rank's Parquet file, in row groups of at least ROW_GROUP_ROWS rows but for the last."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -27,7 +27,7 @@ from c2al.training.dynamics import Dynamics
 from c2al.training.early_stopping import Waiting
 from c2al.training.factors import naming_factors
 from c2al.training.interrupt import Interrupt, interruption
-from c2al.training.metrics import BinaryMetrics, Metric, SavedSums, Sums
+from c2al.training.metrics import BinaryMetrics, SavedSums, Sums, as_records, shown_ne
 from c2al.training.model import TrainTask
 from c2al.training.objective import Objective
 from c2al.training.pipeline import Clock, make_steps
@@ -131,6 +131,8 @@ class Trainer:
         self._stopping = 0
         """The signal that ends training after the next optimizer step; 0: none."""
         self.log = world.together(lambda: MetricsLog(run.path, self.step) if world.rank == 0 else None)
+        self.there = world.broadcast(self.log.there if self.log is not None else frozenset())
+        """Kinds of the records that an earlier process left of this step."""
         world.together(lambda: save_plan(self.model, run.path / "plan.json") if world.rank == 0 else None)
         if world.rank == 0:
             print(plan_table(self.model), file=sys.stderr)
@@ -138,10 +140,10 @@ class Trainer:
     def train(self) -> float | None:
         """The loop: fetch, step, check, log, save, evaluate."""
         train = self.config.train
-        if self.step >= self.total or self.waiting.over(train.early_stopping):
-            self._say(
-                f"{self.run.path}: already finished: {self.step} of {self.total} steps are done, nothing to train"
-            )
+        ended = self.step >= self.total or self.waiting.over(train.early_stopping)
+        if ended and "weights" in self.there:  # a run's last record
+            done = f"{self.step} of {self.total} steps are done"
+            self._say(f"{self.run.path}: already finished: {done}, nothing to train")
             return self._result()
         batches = self._batches()
         with (
@@ -150,9 +152,7 @@ class Trainer:
             self._progress_bar() as bar,
             profiler_of(self.run, self.world) as profiler,
         ):
-            if self.config.data.validation and self._due(train.eval_every) and self.waiting.missed(self.step):
-                self._evaluate()
-                self._save(self.ne)
+            self._catch_up()
             while self.step < self.total and not self.waiting.over(train.early_stopping):
                 self.advance(batches)
                 bar.update()
@@ -176,6 +176,15 @@ class Trainer:
             self.log.close()
         interrupt.pass_on()  # during the last step: this run is whole, but an experiment's next one must not begin
         return self._result()
+
+    def _catch_up(self) -> None:
+        """Does what an earlier process had still to do after the step that it saved."""
+        if self.step and self._due(self.config.train.y_every) and "units" not in self.there:
+            self._record_y()
+        validated = bool(self.config.data.validation)
+        if validated and self._due(self.config.train.eval_every) and self.waiting.missed(self.step):
+            self._evaluate()
+            self._save(self.ne)
 
     def _end_early(self, bar: Any) -> None:
         """What the last step does besides, where patience ended training."""
@@ -269,8 +278,8 @@ class Trainer:
         shown = window.compute()
         values = {
             "loss": dict(zip(self.metrics.tasks, loss_T, strict=True)),
-            "window": _table(shown),
-            "lifetime": _table(lifetime.compute()),
+            "window": as_records(shown),
+            "lifetime": as_records(lifetime.compute()),
             "samples_per_second": speed,
             "seconds": seconds,
             "input_dist_overlapped": self.steps.overlapped,
@@ -282,7 +291,7 @@ class Trainer:
         self._record("train", values)
         if (gramian := self.dynamics.gramian()) is not None:
             self._record("gramian", gramian)
-        said = f"{speed:,.0f} samples/s, NE {_shown(shown['primary']['all'].ne)}"
+        said = f"{speed:,.0f} samples/s, NE {shown_ne(shown['primary']['all'].ne)}"
         bar.set_postfix_str(said)
         if bar.disable:
             self._say(f"step {self.step} of {self.total}: {said}")
@@ -304,8 +313,8 @@ class Trainer:
         result = self._merged(metrics.lifetime).compute()
         self.ne = result["primary"]["all"].ne
         self.waiting = self.waiting.after(self.config.train.early_stopping, self.ne, self.step)
-        self._record("validation", _table(result))
-        self._say(f"step {self.step}: validation NE {_shown(self.ne)}")
+        self._record("validation", as_records(result))
+        self._say(f"step {self.step}: validation NE {shown_ne(self.ne)}")
 
     def _record_y(self) -> None:
         """The distribution of every Y and the dead units on the first validation batches, as rank 0 sees them."""
@@ -372,8 +381,7 @@ class Trainer:
         return dataclasses.replace(sums, sums_CTS=self.world.all_sum(sums.sums_CTS))
 
     def _progress_bar(self) -> Any:
-        shown = None if self.world.rank == 0 else True
-        return tqdm(total=self.total, initial=self.step, unit="step", disable=shown)
+        return tqdm(total=self.total, initial=self.step, unit="step", disable=self.world.rank > 0 or None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -390,11 +398,3 @@ class _Extra:
     def problems(self) -> Problems:
         if self.step < 0:
             yield "step", f"must not be negative, is {self.step}"
-
-
-def _table(result: dict[str, dict[str, Metric]]) -> dict[str, Any]:
-    return {task: {cohort: dataclasses.asdict(m) for cohort, m in row.items()} for task, row in result.items()}
-
-
-def _shown(ne: float | None) -> str:
-    return "undefined" if ne is None else f"{ne:.4f}"

@@ -11,6 +11,19 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "two_ranks.py"
 
 
+def test_a_table_keeps_the_rows_of_other_commands(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from machine import write_table
+
+    table, key = tmp_path / "t.csv", ("shape", "compile")
+    write_table(table, [{"shape": "a", "compile": "off", "ms": 1}], key)
+    write_table(table, [{"shape": "a", "compile": "on", "ms": 2}], key)
+    write_table(table, [{"shape": "a", "compile": "off", "ms": 3, "blocks": 4}], key)
+    assert table.read_text().splitlines() == ["shape,compile,ms,blocks", "a,on,2,", "a,off,3,4"]
+    write_table(table, [{"shape": "b", "compile": "off", "ms": 1}])
+    assert table.read_text().splitlines() == ["shape,compile,ms", "b,off,1"]
+
+
 @pytest.mark.slow
 def test_rounds_of_one_and_two_ranks_in_turns(tmp_path):
     words = ["--shape", "tiny", "--rounds", "3", "--window", "4", "--windows", "1", "--compile", "off"]

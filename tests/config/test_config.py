@@ -123,6 +123,14 @@ def test_impossible_axes_are_refused(axis, message):
         ({"kernels": []}, "dist.kernels: must name at least one kernel"),
         ({"cache_load_factor": 1.0}, "dist.cache_load_factor: must be in (0, 1), is 1.0"),
         ({"sharding": ["data_parallel"], "kernels": ["fused_uvm_caching"]}, "dist.kernels: data_parallel tables"),
+        (
+            {"sharding": ["data_parallel", "data_parallel"], "kernels": ["fused_uvm_caching"]},
+            "dist.kernels: data_parallel tables",
+        ),
+        (
+            {"sharding": ["data_parallel"], "tables": [{"name": "t", "kernels": ["fused_uvm_caching"]}]},
+            "dist.tables[0].kernels: table 't' is data_parallel, as dist.sharding says",
+        ),
         ({"hbm_gib": 1e300}, "dist.hbm_gib: must be 0 or in [1e-09, 1e+09], is 1e+300"),
         ({"ddr_gib": 1e300}, "dist.ddr_gib: must be 0 or in"),
         ({"within_host_gib_s": 1e-300}, "dist.within_host_gib_s: must be 0 or in"),

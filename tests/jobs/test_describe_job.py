@@ -257,6 +257,10 @@ def test_tables_are_planned_for_gpus_that_are_not_there(hosts, config, tmp_path,
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here is asked"),
         ),
         (["--ranks", "1x8", "--dist.device", "cuda", "--dist.hbm_gib", "0.000001"], "no sharding plan fits 8 ranks"),
+        (
+            ["--ranks", "1x8", "--dist.device", "cuda", "--dist.hbm_gib", "0.000001"],
+            "dist.kernels = ['fused', 'fused_uvm_caching'] lets tables lie in host memory",
+        ),
     ],
 )
 def test_ranks_that_cannot_be_planned_for_are_refused(words, message, config, tmp_path, capsys):

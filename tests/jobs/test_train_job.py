@@ -102,6 +102,37 @@ def test_an_interruption_loses_no_record(config, world, tmp_path, monkeypatch):
     assert seen["parts"] == seen["whole"]
 
 
+@pytest.mark.parametrize("step", [4, 16])
+@pytest.mark.parametrize("where", ["_save", "_record_y", "_evaluate"])
+def test_what_a_step_still_owes_is_done_by_the_next_process(config, world, tmp_path, monkeypatch, step, where):
+    """The process dies after it has saved the step, after its Y, or after its evaluation; also at the last step."""
+    every = {"train.eval_every": 4, "train.y_every": 4, "train.log_every": 4, "train.checkpoint.every_steps": 4}
+    config = replace(config, **{"train.max_steps": 16}, **every)
+    ne = train(config, tmp_path / "whole", world)
+    done = getattr(Trainer, where)
+
+    def then_dies(trainer, *words) -> None:
+        done(trainer, *words)
+        if trainer.step == step:
+            trainer.checkpoints.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, where, then_dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", world)
+    monkeypatch.setattr(Trainer, where, done)
+    assert train(config, tmp_path / "parts", world) == ne
+    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (
+        {(r["kind"], r["step"]): r for r in map(json.loads, lines)}
+        for lines in ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts"))
+    )
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == len(parts), "each record once"
+    assert whole.keys() == parts.keys()
+    for kind in ("y", "units", "validation", "weights"):
+        assert [r for k, r in whole.items() if k[0] == kind] == [parts[k] for k in whole if k[0] == kind]
+
+
 def test_accumulated_steps_resume_too(config, world, tmp_path):
     config = replace(config, **{"train.epochs": 1, "train.accumulate": 3, "train.log_every": 3})
     train(config, tmp_path / "whole", world)

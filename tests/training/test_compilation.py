@@ -128,7 +128,7 @@ def test_compiled_transposes_of_any_size_equal_plain_ones(dtype):
         torch._dynamo.reset()
 
 
-def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, monkeypatch):
+def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, capsys):
     def compiled(steps: int, folder: str) -> bool:
         run = start_run(tmp_path / folder, config, None, world)
         trainer = Trainer(run, world)
@@ -138,7 +138,9 @@ def test_auto_compiles_long_runs_alone_and_arms_alike(config, world, tmp_path, m
         return over.compiled is not None
 
     assert not compiled(32, "short")
+    assert "train.compile" not in capsys.readouterr().err
     assert compiled(10**9, "long")
+    assert "train.compile: the first step compiles the layers" in capsys.readouterr().err
 
 
 def test_a_run_that_is_made_longer_is_not_compiled_on_the_way(config, world, tmp_path, monkeypatch):
