@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from c2al.__main__ import main
-from c2al.config import parse_config, replace, save_config
+from c2al.config import Config, parse_config, replace, save_config
 from c2al.distributed.checkpoint import load_unsharded
 from c2al.errors import CheckpointError, ConfigError, InterruptError, TrainingError
 from c2al.training.trainer import Trainer, train
@@ -102,13 +102,20 @@ def test_an_interruption_loses_no_record(config, world, tmp_path, monkeypatch):
     assert seen["parts"] == seen["whole"]
 
 
-@pytest.mark.parametrize("step", [4, 16])
-@pytest.mark.parametrize("where", ["_save", "_record_y", "_evaluate"])
-def test_what_a_step_still_owes_is_done_by_the_next_process(config, world, tmp_path, monkeypatch, step, where):
-    """The process dies after it has saved the step, after its Y, or after its evaluation; also at the last step."""
+@pytest.fixture(scope="module")
+def evaluated(config, world, tmp_path_factory) -> tuple[Path, Config, float]:
+    """A whole run of 16 steps that does everything at every fourth, its configuration and its NE."""
     every = {"train.eval_every": 4, "train.y_every": 4, "train.log_every": 4, "train.checkpoint.every_steps": 4}
     config = replace(config, **{"train.max_steps": 16}, **every)
-    ne = train(config, tmp_path / "whole", world)
+    run = tmp_path_factory.mktemp("evaluated") / "whole"
+    return run, config, train(config, run, world)
+
+
+@pytest.mark.parametrize("step", [4, 16])
+@pytest.mark.parametrize("where", ["_save", "_record_y", "_evaluate"])
+def test_what_a_step_still_owes_is_done_by_the_next_process(evaluated, world, tmp_path, monkeypatch, step, where):
+    """The process dies after it has saved the step, after its Y, or after its evaluation; also at the last step."""
+    uninterrupted, config, ne = evaluated
     done = getattr(Trainer, where)
 
     def then_dies(trainer, *words) -> None:
@@ -122,10 +129,10 @@ def test_what_a_step_still_owes_is_done_by_the_next_process(config, world, tmp_p
         train(config, tmp_path / "parts", world)
     monkeypatch.setattr(Trainer, where, done)
     assert train(config, tmp_path / "parts", world) == ne
-    assert_equal_weights(tmp_path / "whole", tmp_path / "parts")
+    assert_equal_weights(uninterrupted, tmp_path / "parts")
     whole, parts = (
         {(r["kind"], r["step"]): r for r in map(json.loads, lines)}
-        for lines in ((tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("whole", "parts"))
+        for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in (uninterrupted, tmp_path / "parts"))
     )
     assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == len(parts), "each record once"
     assert whole.keys() == parts.keys()
