@@ -99,7 +99,7 @@ def main() -> None:
                         results[contender].append(result)
             fresh = summaries(name, precision, results)
             rows += [row | {"threads": arguments.threads} | about() for row in fresh]
-            if rows:  # an empty table would replace an earlier one
+            if rows:  # every contender may have been skipped
                 write_table(arguments.output / "train.csv", rows, key=KEY)
             if arguments.breakdown:
                 result = spawn("breakdown", name, precision, arguments, Path(folder) / "breakdown") or {}

@@ -199,8 +199,11 @@ def rows(found: dict[str, list[float]], arguments: argparse.Namespace) -> list[d
     for name, values in found.items():
         if not values:
             continue
-        row: dict[str, object] = {"shape": arguments.shape, "precision": precision_of(name, arguments)}
-        row |= {"contender": name}
+        row: dict[str, object] = {
+            "shape": arguments.shape,
+            "precision": precision_of(name, arguments),
+            "contender": name,
+        }
         row |= {"rounds": len(values), "samples_per_second": round(statistics.median(values))}
         row |= {"min": round(min(values)), "max": round(max(values))}
         ratios = [v / one for v, one in zip(values, found.get("one", []), strict=False)]

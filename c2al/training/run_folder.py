@@ -336,11 +336,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int):
         self._file, self._folder = path / "metrics.jsonl", path / "tensorboard"
-        kept = _records(self._file, step)
+        kept, self.recorded = _records(self._file, step)
+        """`recorded`: kinds of the records that the step which the run goes on from has already."""
         write_atomically(self._file, "".join(kept))
-        last = [record for record in map(json.loads, kept) if record["step"] == step]
-        self.there: frozenset[str] = frozenset(record.get("kind", "") for record in last)
-        """Kinds of the records that the step which the run goes on from has already."""
         self._step = step
         with output_errors(self._folder):
             if step == 0:
@@ -349,7 +347,7 @@ class MetricsLog:
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Appends a record; numbers also go to TensorBoard as kind/name."""
-        if step == self._step and kind in self.there:
+        if step == self._step and kind in self.recorded:
             return
         with output_errors(self._file), self._file.open("a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
@@ -363,17 +361,24 @@ class MetricsLog:
             self._board.close()
 
 
-def _records(file: Path, step: int) -> list[str]:
-    """The lines of an earlier start up to `step`. Raises StateError naming a line that is no record."""
+def _records(file: Path, step: int) -> tuple[list[str], frozenset[str]]:
+    """The lines of an earlier start up to `step`, and the kinds of those of `step` itself.
+
+    Raises StateError naming a line that is no record.
+    """
+    kept: list[str] = []
+    kinds: set[str] = set()
     if not file.exists():
-        return []
-    kept = []
+        return kept, frozenset()
     for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break  # a killed run can leave half a last line
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= step:
                 kept.append(line.decode("utf-8"))
+            if record["step"] == step:
+                kinds.add(record.get("kind", ""))
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise StateError(f"{file}, line {number}: not a record of a training run: {e!r}") from e
-    return kept
+    return kept, frozenset(kinds)

@@ -131,7 +131,7 @@ class Trainer:
         self._stopping = 0
         """The signal that ends training after the next optimizer step; 0: none."""
         self.log = world.together(lambda: MetricsLog(run.path, self.step) if world.rank == 0 else None)
-        self.there = world.broadcast(self.log.there if self.log is not None else frozenset())
+        self._recorded = world.broadcast(self.log.recorded if self.log is not None else frozenset())
         """Kinds of the records that an earlier process left of this step."""
         world.together(lambda: save_plan(self.model, run.path / "plan.json") if world.rank == 0 else None)
         if world.rank == 0:
@@ -141,7 +141,7 @@ class Trainer:
         """The loop: fetch, step, check, log, save, evaluate."""
         train = self.config.train
         ended = self.step >= self.total or self.waiting.over(train.early_stopping)
-        if ended and "weights" in self.there:  # a run's last record
+        if ended and "weights" in self._recorded:  # a run's last record
             done = f"{self.step} of {self.total} steps are done"
             self._say(f"{self.run.path}: already finished: {done}, nothing to train")
             return self._result()
@@ -179,7 +179,7 @@ class Trainer:
 
     def _catch_up(self) -> None:
         """Does what an earlier process had still to do after the step that it saved."""
-        if self.step and self._due(self.config.train.y_every) and "units" not in self.there:
+        if self.step and self._due(self.config.train.y_every) and "units" not in self._recorded:
             self._record_y()
         validated = bool(self.config.data.validation)
         if validated and self._due(self.config.train.eval_every) and self.waiting.missed(self.step):

@@ -1,4 +1,4 @@
-"""benchmarks/two_ranks.py: two rounds on a tiny shape, in turns; who is not at turn stands still."""
+"""benchmarks/two_ranks.py: three rounds on a tiny shape, in turns; who is not at turn stands still."""
 
 import csv
 import os

@@ -86,7 +86,7 @@ def graphs_on_a_rank(config, folder: Path) -> tuple[int, list[float]]:
 
 
 def test_two_ranks_on_a_cpu_compile_one_graph(config, tmp_path):
-    """torch cuts it where a bucket of DDP is full, here of 1000 bytes; a step of wukong-26x16 took 6% more by that."""
+    """torch cuts it where a bucket of DDP is full, here of 1000 bytes; a step of wukong-26x16 took 7% more by that."""
     compiled, plain = (
         run_ranks(graphs_on_a_rank, 2, replace(config, **{"train.compile": choice}), tmp_path / choice)
         for choice in ("on", "off")
